@@ -1,0 +1,1 @@
+"""The bundled instruction templates, one YAML file a task."""
