@@ -1,1 +1,1 @@
-"""The bundled instruction templates, one YAML file a task."""
+"""Instruction templates: one YAML file a task, read by `ie.data.templates`. This package holds data only."""
