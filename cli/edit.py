@@ -1,0 +1,161 @@
+"""`ie edit`: one edit, one patch file; or many from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ie.errors import DataError, EditFailedError, InputError
+
+from .files import check_model, check_new, read_editor_info
+from .options import DEFAULT_EDITOR, DEFAULT_PATCH, BaseOf, Debug, Device, Dtype, Force, Json, Quant, Quiet
+from .render import reporting
+
+__all__ = ["edit", "read_requests"]
+
+DEFAULT_FOLDER = Path("patches")
+
+
+def edit(
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", "-i", metavar="I", help="What kind of edit this is.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="P", help="Text that the model continues.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", metavar="T", help="The new continuation.")] = None,
+    editor: Annotated[Path, typer.Option("--editor", metavar="DIR", help="Editor folder.")] = DEFAULT_EDITOR,
+    model: BaseOf = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="F",
+            help="Patch file; with --from a folder.",
+            show_default=f"{DEFAULT_PATCH}, or {DEFAULT_FOLDER}/",
+        ),
+    ] = None,
+    probe: Annotated[
+        list[str] | None, typer.Option("--probe", metavar="TEXT", help="Prompt that should not move; repeatable.")
+    ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", metavar="F.jsonl", help="One edit a line: instruction, prompt, target.")
+    ] = None,
+    quant: Quant = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make one edit and write it as a patch file."""
+    with reporting(json=json, quiet=quiet, debug=debug) as render:
+        if model is not None:
+            check_model(model)
+        needs_instruction = read_editor_info(editor).get("method") != "mend"
+        probes = tuple(probe or ())
+        if from_file is None:
+            requests = [_one(instruction, prompt, target, probes, needs_instruction=needs_instruction)]
+        elif prompt is not None or target is not None:
+            raise InputError("--from cannot be used with --prompt or --target", hint="give one or the other")
+        else:
+            requests = read_requests(from_file, instruction, probes, needs_instruction=needs_instruction)
+        out = out or (DEFAULT_PATCH if from_file is None else DEFAULT_FOLDER)
+        check_new(out, force=force)
+
+        from ie.editor.editing import EditSettings
+        from ie.editor.editing import edit as make_edit
+
+        from .tables import edit_view
+
+        settings = EditSettings(
+            requests=requests, many=from_file is not None, editor=editor, model=model, out=out,
+            quant=quant, dtype=dtype, device=device, force=force,
+        )  # fmt: skip
+        result = make_edit(settings)
+        render.result(result, *edit_view(result))
+        _check_took(result)
+
+
+def read_requests(
+    file: Path, instruction: str | None, probes: tuple[str, ...], *, needs_instruction: bool
+) -> list[dict[str, Any]]:
+    """Read `--from`: one JSON object a line, with prompt and target, and instruction and probes where they differ.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not as expected; the message names the line.
+    """
+    import jsonlines
+
+    requests: list[dict[str, Any]] = []
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(jsonlines.Reader(lines).iter(type=dict, skip_empty=True), 1):
+                where = f"{file}, edit {number}"
+                unknown = sorted(set(line) - {"instruction", "prompt", "target", "probes"})
+                if unknown:
+                    raise DataError(f"{where}: unknown fields: {', '.join(unknown)}", hint=_FROM_HINT)
+                own = line.get("probes", [])
+                if not isinstance(own, list) or not all(isinstance(text, str) and text.strip() for text in own):
+                    raise DataError(f"{where}: probes must be a list of texts", hint=_FROM_HINT)
+                requests.append(
+                    {
+                        "instruction": _text(line.get("instruction", instruction), "instruction", where)
+                        if needs_instruction or "instruction" in line
+                        else instruction,
+                        "prompt": _text(line.get("prompt"), "prompt", where),
+                        "target": _text(line.get("target"), "target", where),
+                        "probes": (*probes, *own),
+                    }
+                )
+    except jsonlines.InvalidLineError as error:
+        raise DataError(f"{file}, line {error.lineno}: broken JSON", hint=_FROM_HINT) from error
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error.reason})") from error
+    if not requests:
+        raise DataError(f"{file} holds no edits", hint=_FROM_HINT)
+    return requests
+
+
+_FROM_HINT = 'each line is an object such as {"instruction": "...", "prompt": "...", "target": "..."}'
+
+
+def _one(
+    instruction: str | None, prompt: str | None, target: str | None, probes: tuple[str, ...], *, needs_instruction: bool
+) -> dict[str, Any]:
+    given = {"--prompt": prompt, "--target": target}
+    if needs_instruction:
+        given = {"--instruction": instruction, **given}
+    missing = [flag for flag, value in given.items() if value is None]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}", hint="`ie edit --help` shows an example")
+    empty = [flag for flag, value in given.items() if not (value or "").strip()]
+    empty += ["--probe"] if not all(text.strip() for text in probes) else []
+    if empty:
+        raise InputError(f"{', '.join(empty)}: empty, expected a text")
+    return {"instruction": instruction, "prompt": prompt, "target": target, "probes": probes}
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {name} is {value!r}, expected a text", hint=_FROM_HINT)
+    return value
+
+
+def _check_took(result: dict[str, Any]) -> None:
+    """End with exit code 3 when an edit did not take: the result is out by then."""
+    edits = result.get("edits", [result])
+    failed = [entry for entry in edits if not entry["took"]]
+    if failed:
+        first = failed[0]
+        many = f"{len(failed)} of {len(edits)} edits did" if len(edits) > 1 else "the edit did"
+        raise EditFailedError(
+            f"{many} not take: {first['prompt']!r} gives {first['after']!r}, expected {first['target']!r}",
+            hint="try another instruction, or an editor trained longer",
+        )

@@ -1,0 +1,133 @@
+"""Paths and files, checked before anything heavy is imported; and results written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ie.errors import DataError, EditorError, InputError, ModelError
+
+from .options import DEFAULT_DATA, DEFAULT_EDITOR
+
+__all__ = [
+    "check_model",
+    "check_names",
+    "check_new",
+    "read_dataset_info",
+    "read_editor_info",
+    "read_object",
+    "split_names",
+    "write_text",
+]
+
+
+def check_new(path: Path, *, force: bool, flag: str = "--out") -> None:
+    """Refuse an output that exists, unless --force; refuse a parent that is no folder always."""
+    if not force and (path.exists() or path.is_symlink()) and not _is_empty_folder(path):
+        raise InputError(f"{flag} {path} exists", hint=f"give --force to overwrite it, or another {flag}")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"{flag} {path}: {parent} is a file, expected a folder")
+            break
+
+
+def check_model(name: str) -> None:
+    """Refuse what can be seen at once to be no base model; a hub id passes."""
+    folder = Path(name).expanduser()
+    if name == "toy":
+        return
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"--model {name} is no model folder: it has no config.json",
+                hint="expected `toy`, a folder saved by save_pretrained(), or a hub id",
+            )
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(
+            f"--model {name}: there is no such folder",
+            hint="expected `toy`, a folder saved by save_pretrained(), or a hub id",
+        )
+
+
+def read_dataset_info(folder: Path) -> dict[str, Any]:
+    """Read a dataset folder's dataset.json."""
+    file = folder / "dataset.json"
+    if not file.is_file():
+        what = f"{folder} is no dataset: it has no dataset.json" if folder.exists() else f"no dataset at {folder}"
+        command = "`ie build`" if folder == DEFAULT_DATA else f"`ie build --out {folder}`"
+        raise DataError(what, hint=f"{command} makes one")
+    return read_object(file, DataError)
+
+
+def read_editor_info(folder: Path) -> dict[str, Any]:
+    """Read an editor folder's editor.json; its weights must be there too."""
+    missing = [name for name in ("editor.json", "editor.safetensors") if not (folder / name).is_file()]
+    if missing:
+        what = f"{folder} is no editor: it has no {missing[0]}" if folder.exists() else f"no editor at {folder}"
+        command = "`ie train`" if folder == DEFAULT_EDITOR else f"`ie train --out {folder}`"
+        raise EditorError(what, hint=f"{command} makes one")
+    return read_object(folder / "editor.json", EditorError)
+
+
+def read_object(file: Path, kind: type[InputError]) -> dict[str, Any]:
+    """Read a file that holds one JSON object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise kind(f"cannot read {file}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise kind(f"{file}, line {error.lineno}: broken JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise kind(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def split_names(text: str | None, flag: str) -> tuple[str, ...]:
+    """Split `A,B` into names; an empty name is an error."""
+    if text is None:
+        return ()
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InputError(f"{flag} {text!r}: expected names with commas between them, such as a,b")
+    return tuple(dict.fromkeys(names))
+
+
+def check_names(names: Iterable[str], known: Iterable[str], flag: str, what: str) -> None:
+    """Refuse names that are not among the known ones; all of them in one error."""
+    known = tuple(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(
+            f"{flag} {','.join(unknown)}: unknown {what}", hint=f"known here: {', '.join(known) or 'none'}"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file: to a temporary sibling, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,90 @@
+"""`ie inspect`: what a patch, an editor or a dataset is, from its header alone (no torch)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ie.errors import InputError
+
+from .files import read_dataset_info, read_editor_info
+from .options import Debug, Json, Quiet
+from .render import reporting
+
+__all__ = ["describe", "inspect"]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A patch file, an editor or a dataset folder.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a patch, an editor or a dataset is."""
+    with reporting(json=json, quiet=quiet, debug=debug) as render:
+        result = describe(path)
+        if render.as_json:
+            render.result(result)
+            return
+        from .tables import inspect_view
+
+        render.result(result, *inspect_view(result))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what the file or folder says about itself; `kind` says what it is."""
+    if not path.exists():
+        raise InputError(f"there is nothing at {path}", hint="expected a patch file, an editor or a dataset folder")
+    if path.is_file():
+        return _patch(path)
+    if (path / "dataset.json").is_file():
+        return {"kind": "dataset", "path": str(path), "bytes": _size(path), **_rest(read_dataset_info(path))}
+    if (path / "editor.json").is_file():
+        return _editor(path)
+    if (path / "config.json").is_file():
+        raise InputError(f"{path} is a model folder, expected a patch, an editor or a dataset")
+    raise InputError(f"{path} is neither an editor nor a dataset: it has neither editor.json nor dataset.json")
+
+
+def _patch(path: Path) -> dict[str, Any]:
+    from ie.patch.header import read_document
+
+    document, tensors = read_document(path)
+    modules: dict[str, dict[str, Any]] = {}
+    for name, (dtype, shape) in tensors.items():
+        module, _, factor = name.rpartition(".")
+        modules.setdefault(module, {"dtype": dtype})[factor] = list(shape)
+    ranks = sorted({entry["A"][0] for entry in modules.values() if entry.get("A")})
+    rank = max(ranks, default=0)
+    return {
+        "kind": "patch", "path": str(path), "bytes": path.stat().st_size,
+        **_rest(document), "rank": rank, "modules": modules,
+    }  # fmt: skip
+
+
+def _editor(path: Path) -> dict[str, Any]:
+    from ie.patch.header import read_header
+
+    document = read_editor_info(path)
+    _, tensors = read_header(path / "editor.safetensors")
+    n_parameters = 0
+    for _, shape in tensors.values():
+        size = 1
+        for length in shape:
+            size *= length
+        n_parameters += size
+    return {
+        "kind": "editor", "path": str(path), "bytes": _size(path),
+        **_rest(document), "n_tensors": len(tensors), "n_values": n_parameters,
+    }  # fmt: skip
+
+
+def _rest(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without the keys that `inspect` sets itself."""
+    return {key: value for key, value in document.items() if key not in ("kind", "path", "bytes")}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

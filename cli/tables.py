@@ -1,0 +1,234 @@
+"""What each command's result looks like to a person: the JSON's dictionary in, Rich renderables out.
+
+All tables fit 80 columns: texts fold, figures don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .report import LEGEND, by_task, cell, labels
+
+__all__ = [
+    "apply_view",
+    "build_view",
+    "demo_view",
+    "doctor_view",
+    "edit_view",
+    "eval_view",
+    "inspect_view",
+    "size",
+    "train_view",
+]
+
+Json = Mapping[str, Any]
+View = list[RenderableType]
+
+
+def _table(title: str | None, *heads: str, figures: Sequence[str] = ()) -> Table:
+    """Return an empty table; the columns named in `figures` are aligned right and never cut."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        is_figure = head in figures
+        justify: Literal["left", "right"] = "right" if is_figure else "left"
+        table.add_column(head, justify=justify, no_wrap=is_figure, overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*(one if isinstance(one, Text) else Text("-" if one is None else str(one)) for one in cells))
+
+
+def _facts(title: str | None, facts: Json) -> Table:
+    """Return a table of names and values; what is None is left out."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="cyan")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(Text(name), Text(_value(value)))
+    return table
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "none"
+    return str(value)
+
+
+def size(n_bytes: float | None) -> str | None:
+    """Write a number of bytes for people: 12.3 KB."""
+    if n_bytes is None:
+        return None
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if n_bytes < 1000 or unit == "GB":
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+
+
+def build_view(result: Json) -> View:
+    """Records of each task and split, and what was skipped."""
+    counts = ("train", "validation", "test", "skipped", "instructions")
+    table = _table(None, "task", *counts, figures=counts)
+    reasons: View = []
+    for task, entry in result["tasks"].items():
+        skipped = entry.get("skipped") or {}
+        texts = result.get("instructions", {}).get(task, {})
+        n_texts = f"{texts.get('train', 0)} + {texts.get('heldout', 0)}"
+        _row(table, task, entry["train"], entry["validation"], entry["test"], sum(skipped.values()), n_texts)
+        reasons += [Text(f"{task}: skipped {n}: {reason}") for reason, n in skipped.items()]
+    return [table, *reasons, Text(f"dataset: {result['out']}   fingerprint {str(result['fingerprint'])[:16]}")]
+
+
+def train_view(result: Json) -> View:
+    """The editor, what it took, and how well it validates."""
+    facts = {
+        "editor": result["editor"],
+        "base": result["base"],
+        "tasks": result["tasks"],
+        "hold-out": result["holdout"] or "none",
+        "steps": result["steps"],
+        "episodes": f"{result['episodes']} ({result['episodes_per_second']:.1f} per second)",
+        "time": f"{result['seconds']:.0f} s",
+        "peak memory": size(result["peak_memory_bytes"]),
+        **{f"validation {name}": _percent(value) for name, value in result["validation"].items()},
+    }
+    return [_facts(None, facts)]
+
+
+def _percent(share: object) -> str | None:
+    return f"{share:.1%}" if isinstance(share, int | float) else None
+
+
+def edit_view(result: Json) -> View:
+    """Before and after of one edit and its probes, or one line for each of many edits."""
+    if "edits" in result:
+        table = _table(None, "prompt", "target", "before", "after", "took")
+        for entry in result["edits"]:
+            _row(table, *(entry[key] for key in ("prompt", "target", "before", "after")), _mark(entry["took"]))
+        n_took = sum(bool(entry["took"]) for entry in result["edits"])
+        return [table, Text(f"{n_took} of {len(result['edits'])} edits took")]
+    table = _table(None, "", "prompt", "before", "after")
+    _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))
+    for probe in result.get("probes", ()):
+        state = Text("changed", style="yellow") if probe["changed"] else Text("same")
+        _row(table, state, probe["prompt"], probe["before"], probe["after"])
+    chance = result["target_probability"]
+    facts = {
+        "target": result["target"],
+        "took": bool(result["took"]),
+        "target probability": f"{_probability(chance['before'])} before, {_probability(chance['after'])} after",
+        "patch": f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']})",
+        "time": f"{result['seconds']:.2f} s",
+    }
+    return [table, _facts(None, facts)]
+
+
+def _probability(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
+
+
+def _mark(took: object) -> Text:
+    return Text("yes") if took else Text("no", style="red")
+
+
+def apply_view(result: Json) -> View:
+    """The previews, and what was written."""
+    parts: View = []
+    if result["previews"]:
+        table = _table(None, "prompt", "before", "after")
+        for preview in result["previews"]:
+            _row(table, preview["prompt"], preview["before"], Text(str(preview["after"]), style="bold"))
+        parts.append(table)
+    facts = {
+        "patches": [entry if isinstance(entry, str) else entry.get("patch", entry) for entry in result["patches"]],
+        "took": result["took"],
+        "merged": result["merged"],
+        "peft adapter": result["peft"],
+    }
+    return [*parts, _facts(None, facts)]
+
+
+def eval_view(result: Json) -> View:
+    """A table for each task, methods side by side, and one for the controls where there are any."""
+    rows = [row for row in result["rows"] if not row.get("control")]
+    controls = [row for row in result["rows"] if row.get("control")]
+    holdout = result.get("holdout")
+    parts: View = []
+    for found, column, suffix in ((rows, "method", ""), (controls, "control", ": which instruction")):
+        names = labels(found, column)
+        stacked = len(names) > 2
+        for task, lines in by_task(found, column).items():
+            title = f"{task}{' (held out)' if task == holdout else ''}{suffix}"
+            table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
+            for line in lines:
+                cells = (cell(line.cells.get(name), stacked=stacked) for name in names)
+                _row(table, line.metric, line.query, line.decoding, line.n, *cells)
+            parts.append(table)
+    return [*parts, Text(LEGEND), _facts(None, {"base": result["base"], "editor": result.get("editor")})]
+
+
+def inspect_view(result: Json) -> View:
+    """Everything that the file says about itself."""
+    nested = {key: value for key, value in result.items() if key in ("modules", "tasks") and isinstance(value, Mapping)}
+    facts = {key: value for key, value in result.items() if key not in nested}
+    if "bytes" in facts:
+        facts["bytes"] = f"{facts['bytes']} ({size(facts['bytes'])})"
+    parts: View = [_facts(None, facts)]
+    if nested.get("modules"):
+        table = _table(None, "module", "A", "B", "dtype")
+        for name, entry in nested["modules"].items():
+            if isinstance(entry, Mapping):
+                _row(table, name, *(_shape(entry.get(key)) for key in ("A", "B")), entry.get("dtype"))
+        parts.append(table)
+    if nested.get("tasks"):
+        table = _table(None, "task", "what it holds")
+        for name, entry in nested["tasks"].items():
+            _row(table, name, _value(entry))
+        parts.append(table)
+    return parts
+
+
+def _shape(shape: object) -> str:
+    return " x ".join(map(str, shape)) if isinstance(shape, list) else "-"
+
+
+def demo_view(result: Json) -> View:
+    """The demo's parts, each as its own command shows it."""
+    parts: View = []
+    views = (
+        ("build", build_view), ("train", train_view), ("edit", edit_view), ("apply-patch", apply_view),
+        ("eval", eval_view),
+    )  # fmt: skip
+    for name, view in views:
+        part = result.get(name)
+        if part is not None:
+            parts += [Text(f"\nie {name}", style="bold"), *view(part)]
+    return parts
+
+
+def doctor_view(result: Json) -> View:
+    """The machine, the versions, and the choices made for it."""
+    machine = {
+        "python": f"{result['python']} on {result['platform']}",
+        "cores": result["cores"],
+        "memory": size(result["memory_bytes"]),
+        "gpu": f"{result['gpu']} ({size(result['gpu_memory_bytes'])})" if result["gpu"] else "none",
+        "fast bfloat16": result["bf16"],
+    }
+    plan = {key: result[key] for key in ("base", "device", "dtype", "quant", "reason")}
+    versions = {name: version or "not installed" for name, version in result["versions"].items()}
+    return [_facts("Machine", machine), Text(""), _facts("Versions", versions), Text(""), _facts("Will be used", plan)]
