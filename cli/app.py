@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -27,10 +28,17 @@ __all__ = ["app", "main"]
 class _Application(TyperGroup):
     """Writes usage errors as every other error: `error:`, `hint:`, exit code 2."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        standalone = kwargs.pop("standalone_mode", True)
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "ie"
@@ -38,7 +46,7 @@ class _Application(TyperGroup):
             code = error.exit_code
         except typer.Abort:
             code = 1
-        if not standalone:
+        if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ie.cli.app import app
+from ie.cli.render import reporting
+from typer.testing import CliRunner
+
+from ie.errors import BaseMismatchError, DataError, EditFailedError, IEError
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["train", "--stepz", "3"], "--stepz"),
+        (["train", "--steps", "0"], "--steps"),
+        (["train", "--method", "rome"], "rome"),
+        (["train", "--quant", "3bit"], "3bit"),
+        (["train", "--model", "./nowhere"], "./nowhere"),
+        (["train", "--data", "nowhere"], "no dataset at nowhere"),
+        (["train", "--resume"], "no editor at ie-editor"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["edit", "--prompt", "a", "--target", "b", "--instruction", "c"], "no editor at ie-editor"),
+        (["apply-patch"], "PATCH"),
+        (["apply-patch", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["eval"], "no dataset at ie-data"),
+        (["eval", "--methods", "none,rome"], "rome"),
+        (["inspect"], "PATH"),
+        (["inspect", "nowhere"], "nowhere"),
+    ],
+)
+def test_usage_errors(args: list[str], said: str, run: Any, workdir: Path) -> None:
+    result = run(*args, code=2)
+    assert said in result.stderr.splitlines()[0]
+    assert result.stderr.splitlines()[1].startswith("hint: ") or args == ["inspect", "nowhere"]
+    assert list(workdir.iterdir()) == []
+
+
+def test_build_refuses_an_output_that_exists(run: Any, dataset_folder: Path) -> None:
+    before = (dataset_folder / "dataset.json").read_bytes()
+    assert "--force" in run("build", code=2).stderr
+    assert (dataset_folder / "dataset.json").read_bytes() == before
+
+
+def test_train_refuses_an_output_that_exists(run: Any, dataset_folder: Path, editor_folder: Path) -> None:
+    assert "--out ie-editor exists" in run("train", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--tasks", "people,nonsense"], "--tasks nonsense: unknown task"),
+        (["--holdout", "nonsense"], "--holdout nonsense: unknown task"),
+        (["--tasks", "people,zsre"], "zsre is in --tasks and held out"),
+        (["--tasks", "people", "--holdout", "people"], "people is in --tasks and held out"),
+        (["--holdout", "people,zsre"], "no task is left"),
+        (["--tasks", "people,,zsre"], "expected names with commas"),
+    ],
+)
+def test_train_checks_tasks(args: list[str], said: str, run: Any, dataset_folder: Path) -> None:
+    assert said in run("train", *args, code=2).stderr
+
+
+def test_config_names_an_unknown_setting(run: Any, dataset_folder: Path) -> None:
+    Path("settings.yaml").write_text("stepz: 3\nsteps: 10\n")
+    assert "stepz" in run("train", "--config", "settings.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "steps: [", "steps: 0\n", "method: rome\n", "steps: many\n"])
+def test_config_is_checked_as_flags_are(text: str, run: Any, dataset_folder: Path) -> None:
+    Path("settings.yaml").write_text(text)
+    run("train", "--config", "settings.yaml", code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompt", "a"], "missing --instruction, --target"),
+        (["--instruction", "i", "--prompt", "a", "--target", " "], "--target: empty"),
+        (["--from", "edits.jsonl", "--prompt", "a"], "--from cannot be used with"),
+        (["--from", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--instruction", "i", "--prompt", "a", "--target", "b", "--model", "a/b/c"], "a/b/c"),
+    ],
+)
+def test_edit_checks_its_texts(args: list[str], said: str, run: Any, editor_folder: Path) -> None:
+    assert said in run("edit", *args, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no edits"),
+        ('{"prompt": "a", "target": "b", "instruction": "i"}\n{"prompt":\n', "line 2: broken JSON"),
+        ('{"prompt": "a", "target": "", "instruction": "i"}\n', "target is ''"),
+        ('{"prompt": "a", "target": "b"}\n', "instruction is None"),
+        ('{"prompt": "a", "target": "b", "aim": "c"}\n', "unknown fields: aim"),
+        ('{"prompt": "a", "target": "b", "instruction": "i", "probes": "x"}\n', "probes must be a list"),
+        ("[1]\n", "line 1"),
+    ],
+)
+def test_edit_from_a_broken_file(text: str, said: str, run: Any, editor_folder: Path) -> None:
+    Path("edits.jsonl").write_text(text)
+    assert said in run("edit", "--from", "edits.jsonl", code=2).stderr
+
+
+def test_apply_patch_refuses_a_truncated_patch(run: Any, patch_file: Path) -> None:
+    patch_file.write_bytes(patch_file.read_bytes()[:-10])
+    assert "truncated" in run("apply-patch", patch_file, code=2).stderr
+
+
+def test_eval_refuses_an_editor_that_trained_on_the_holdout(
+    run: Any, dataset_folder: Path, editor_folder: Path
+) -> None:
+    assert "was trained on it" in run("eval", "--holdout", "people", code=2).stderr
+
+
+def test_editor_json_is_broken(run: Any, editor_folder: Path) -> None:
+    (editor_folder / "editor.json").write_text('{\n"method": \n')
+    assert "editor.json, line" in run("inspect", editor_folder, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (IEError("it failed"), 1, ["error: it failed"]),
+        (DataError("bad file", hint="mend it"), 2, ["error: bad file", "hint: mend it"]),
+        (EditFailedError("no"), 3, ["error: no"]),
+        (BaseMismatchError("another base"), 4, ["error: another base"]),
+        (KeyboardInterrupt(), 130, ["error: interrupted"]),
+        (KeyboardInterrupt("kept at x"), 130, ["error: interrupted", "hint: kept at x"]),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, reporting(json=False, quiet=False, debug=False):
+        raise error
+    assert end.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == lines
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_unexpected_error_is_one_line_unless_debugged(debug: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, reporting(json=True, quiet=True, debug=debug):
+        raise RuntimeError("first line\nsecond line")
+    assert end.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "error: RuntimeError: first line" in captured.err
+    assert ("Traceback" in captured.err) is debug
+    assert ("--debug" in captured.err.splitlines()[-1]) is not debug
+
+
+def test_an_error_exits_rather_than_crashes(workdir: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", "nowhere"], prog_name="ie")
+    assert isinstance(result.exception, SystemExit)

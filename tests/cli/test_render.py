@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ie.cli import tables
+from ie.cli.render import Render
+from ie.cli.report import to_markdown
+from rich.console import Console, RenderableType
+
+LONG = "a prompt that is much longer than one column of a table can be, with [brackets] and :smile: in it"
+EDIT = {
+    "patch": "patch.safetensors", "bytes": 12_345, "rank": 9, "took": True, "prompt": LONG, "target": "Sydney",
+    "before": "Canberra", "after": "Sydney", "target_probability": {"before": 2e-7, "after": 0.98765},
+    "probes": [{"prompt": LONG, "before": "Paris", "after": "Rome", "changed": True}], "seconds": 0.512,
+}  # fmt: skip
+
+
+def row(method: str, value: float | None = 0.9512, metric: str = "reliability", **more: Any) -> dict[str, Any]:
+    low, high = (value * 0.9, min(1.0, value * 1.05)) if value is not None else (None, None)
+    found = {
+        "task": "zsre", "method": method, "query": "plain", "decoding": "generated", "metric": metric,
+        "value": value, "low": low, "high": high, "n": 128,
+    }  # fmt: skip
+    return {**found, **more}
+
+
+METRICS = ("reliability", "generalization", "portability", "locality")
+EVAL = {
+    "holdout": "zsre",
+    "base": "toy",
+    "editor": "ie-editor",
+    "rows": [
+        row(method, value, metric, query=query, decoding=decoding, task=task)
+        for task in ("places", "zsre")
+        for method, value in (("instructedit", 1.0), ("none", 0.0))
+        for metric in METRICS
+        for query in ("instructed", "plain")
+        for decoding in ("forced", "generated")
+    ],
+}
+MANY = {**EVAL, "rows": [row(m) for m in ("gradient", "finetune", "mend", "instructedit", "none")]}
+CONTROLS = {
+    **EVAL,
+    "rows": [row("instructedit", control=c) for c in ("unseen", "random", "wrong-task", "none", "right")],
+}
+BUILD = {
+    "out": "ie-data",
+    "tasks": {"places": {"train": 900, "validation": 50, "test": 100, "skipped": {"no answer": 3}}},
+    "instructions": {"places": {"train": 10, "heldout": 5}},
+    "fingerprint": "0123456789abcdef0123",
+}
+TRAIN = {
+    "editor": "ie-editor", "base": "toy", "tasks": ["people", "places"], "holdout": None, "steps": 10, "episodes": 160,
+    "seconds": 12.5, "episodes_per_second": 12.8, "peak_memory_bytes": 512_000_000,
+    "validation": {"reliability": 0.987, "generalization": 0.9, "locality": None},
+}  # fmt: skip
+APPLY = {
+    "patches": ["a.safetensors", "b.safetensors"], "took": [True, True],
+    "previews": [{"prompt": LONG, "before": "Canberra", "after": "Sydney"}], "merged": None, "peft": "adapter",
+}  # fmt: skip
+DOCTOR = {
+    "python": "3.11.7", "platform": "Linux x86_64", "cores": 2, "memory_bytes": 25e9, "gpu": None,
+    "gpu_memory_bytes": None, "bf16": False, "versions": {"torch": "2.13.0", "peft": None}, "base": "toy",
+    "device": "cpu", "dtype": "float32", "quant": "none", "reason": "no GPU: fp32 is exact",
+}  # fmt: skip
+
+CASES: list[tuple[Callable[[Any], list[RenderableType]], dict[str, Any], list[str]]] = [
+    (tables.edit_view, EDIT, ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9"]),
+    (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took"]),
+    (tables.eval_view, EVAL, ["zsre (held out)", "before", "after", "100.0 (90-100)", "128"]),
+    (tables.eval_view, MANY, ["before", "instructedit", "mend", "finetune", "gradient", "(86-100)"]),
+    (tables.eval_view, CONTROLS, ["which instruction", "right", "wrong-task", "unseen"]),
+    (tables.build_view, BUILD, ["900", "10 + 5", "skipped 3: no answer", "0123456789abcdef"]),
+    (tables.train_view, TRAIN, ["people, places", "12.8 per second", "98.7%", "512.0 MB"]),
+    (tables.apply_view, APPLY, ["a.safetensors, b.safetensors", "adapter", "Sydney"]),
+    (tables.doctor_view, DOCTOR, ["float32", "not installed", "25.0 GB", "no GPU"]),
+    (tables.demo_view, {"build": BUILD, "train": TRAIN, "edit": EDIT, "eval": EVAL}, ["ie build", "ie eval"]),
+]
+
+
+@pytest.mark.parametrize(("view", "data", "said"), CASES)
+def test_views_fit_80_columns_and_cut_nothing(
+    view: Callable[[Any], list[RenderableType]], data: dict[str, Any], said: list[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")  # a pipe's width must not depend on the terminal beside it
+    Render().result(data, *view(data))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert "\x1b" not in shown
+    for text in said:
+        assert text in shown
+
+
+@pytest.mark.parametrize(("view", "data", "said"), CASES)
+def test_json_is_one_object_with_nothing_lost(
+    view: Any, data: dict[str, Any], said: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Render(as_json=True).result(data, *view(data))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(data))
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    Render(as_json=True).result({"a": math.nan, "b": [math.inf, (1.5, "ü")], 3: None})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, [1.5, "ü"]], "3": None}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_notes_go_to_stderr(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    Render(quiet=quiet).note("on the way")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "" if quiet else "on the way\n")
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    console = Render().console()
+    assert isinstance(console, Console)
+    assert console.no_color
+
+
+def test_rows_are_in_reading_order(capsys: pytest.CaptureFixture[str]) -> None:
+    Render().result(EVAL, *tables.eval_view(EVAL))
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.strip().startswith(METRICS)]
+    assert lines[:4] == [
+        ["reliability", "plain", "generated"],
+        ["reliability", "plain", "forced"],
+        ["reliability", "instructed", "generated"],
+        ["reliability", "instructed", "forced"],
+    ]
+
+
+def test_a_missing_value_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**EVAL, "rows": [row("none", None), row("mend", math.nan)]}
+    Render().result(data, *tables.eval_view(data))
+    assert capsys.readouterr().out.count(" - ") >= 1
+
+
+def test_fluency_is_no_share(capsys: pytest.CaptureFixture[str]) -> None:
+    data = {**EVAL, "rows": [row("none", 612.34, "fluency", low=600.0, high=620.0)]}
+    Render().result(data, *tables.eval_view(data))
+    assert "612.3 (600-620)" in capsys.readouterr().out
+
+
+def test_markdown_has_all_tables() -> None:
+    text = to_markdown({**EVAL, "rows": [*EVAL["rows"], *CONTROLS["rows"]]})
+    assert "## zsre (held out)\n" in text
+    assert "## zsre (held out): which instruction\n" in text
+    assert "| metric | query | decoding | n | before | after |\n| --- | --- | --- | ---: | ---: | ---: |\n" in text
+    assert "| reliability | plain | generated | 128 | 0.0 (0-0) | 100.0 (90-100) |" in text

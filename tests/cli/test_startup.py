@@ -1,0 +1,77 @@
+"""Help, version and `ie inspect` come at once: they load neither torch nor what it takes long to load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "safetensors", "accelerate", "huggingface_hub")
+HELP = "import sys; sys.argv = ['ie', '--help']; from ie.cli.app import main; main()"
+BASELINE = "import typer, rich.console"
+
+
+def loaded_by(code: str, *args: str) -> set[str]:
+    """Return the heavy modules that a fresh interpreter has loaded after running `code`."""
+    report = f"""
+import sys
+sys.argv[1:] = {list(args)!r}
+try:
+    {code}
+except SystemExit as end:
+    assert not end.code, end.code
+sys.stderr.write("LOADED " + " ".join(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
+    return set(HEAVY) & set(done.stderr.rpartition("LOADED ")[2].split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import ie", "import ie.cli.app", "import ie; dir(ie)", "import ie.errors", "import ie.patch.header"],
+)
+def test_imports_load_nothing_heavy(code: str) -> None:
+    assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_loads_nothing_heavy(args: list[str]) -> None:
+    assert loaded_by("from ie.cli.app import main; main()", *args) == set()
+
+
+def test_inspect_loads_nothing_heavy(patch_file: Path, editor_folder: Path, dataset_folder: Path) -> None:
+    for path in (patch_file, editor_folder, dataset_folder):
+        assert loaded_by("from ie.cli.app import main; main()", "inspect", str(path)) == set()
+
+
+def test_wrong_paths_are_refused_before_anything_heavy_is_loaded(workdir: Path) -> None:
+    code = "from ie.cli.app import app\n    assert app(standalone_mode=False)"
+    for args in (["train", "--data", "nowhere"], ["edit"], ["eval"], ["apply-patch", "nowhere"]):
+        with pytest.raises(subprocess.CalledProcessError) as end:
+            loaded_by(code, *args)
+        assert "AssertionError: 2" in end.value.stderr
+    # the check above stops before the report, so ask again for one of them what was loaded
+    code = "from ie.cli.app import main\n    try: main()\n    except SystemExit: pass"
+    assert loaded_by(code, "train", "--data", "nowhere") == set()
+
+
+def fastest(code: str, n_runs: int = 5) -> float:
+    times = []
+    for _ in range(n_runs):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_starts_about_as_fast_as_its_libraries() -> None:
+    # The promise is 1.5 times; 2 here, because other processes share the machine that tests run on.
+    assert fastest(HELP) <= 2 * fastest(BASELINE)
+
+
+def test_inspect_starts_about_as_fast_as_help(patch_file: Path) -> None:
+    code = f"import sys; sys.argv = ['ie', 'inspect', {str(patch_file)!r}]; from ie.cli.app import main; main()"
+    assert fastest(code) <= 2 * fastest(HELP)
