@@ -1,0 +1,111 @@
+"""Signals: the activations u and deltas δ that an edit request causes in the edit targets.
+
+One forward and one backward pass over a batch of independent requests. The loss is a sum of one term for each
+request, so no request's gradient holds anything of another. Only tokens with a gradient are kept: in the last block
+these are the positions that predict the target, before it every editable token up to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ie.base.targets import EditTarget
+
+__all__ = ["ModuleSignals", "Signals", "answer_nll", "recording"]
+
+
+@dataclass(frozen=True)
+class ModuleSignals:
+    """What one edit target saw of a batch of requests, token by token.
+
+    Attributes:
+        u: (n_tokens, d_in) float32, the module's inputs.
+        delta: (n_tokens, d_out) float32, the loss's gradient at the module's outputs.
+        edit: (n_tokens,) int64, the request that each token belongs to, ascending.
+    """
+
+    u: Tensor
+    delta: Tensor
+    edit: Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The signals of `n_edits` requests by module path."""
+
+    modules: dict[str, ModuleSignals]
+    n_edits: int
+
+
+def answer_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Mean negative log-likelihood of each row's answer tokens, (n_rows,) float32.
+
+    Args:
+        logits: (n_answer, n_vocab) at the positions that predict the answers.
+        labels: (n_answer,) int64.
+        rows: (n_answer,) int64, the row of each answer token.
+        n_rows: number of rows.
+    """
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return row_mean(losses, rows, n_rows)
+
+
+def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Mean of the values of each row, (n_rows,)."""
+    total = values.new_zeros(n_rows).index_add(0, rows, values)
+    return total / torch.bincount(rows, minlength=n_rows).clamp(min=1)
+
+
+class Recorder:
+    """Inputs and outputs of the edit targets during one forward pass."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def signals(self, loss: Tensor, editable: Tensor) -> Signals:
+        """Run the loss's backward pass down to the recorded outputs.
+
+        Args:
+            loss: () the sum of the requests' losses.
+            editable: (n, t) bool, the tokens that may enter the update.
+        """
+        gradients = torch.autograd.grad(loss, list(self.outputs.values()))
+        modules = {}
+        for (name, u), delta in zip(self.inputs.items(), gradients, strict=True):
+            flat = delta.reshape(editable.numel(), -1)
+            kept = (editable.flatten() & (flat != 0).any(-1)).nonzero()[:, 0]
+            modules[name] = ModuleSignals(
+                u=u.reshape(editable.numel(), -1)[kept].float(),
+                delta=flat[kept].float(),
+                edit=kept // editable.shape[1],
+            )
+        return Signals(modules, editable.shape[0])
+
+
+@contextmanager
+def recording(model: nn.Module, targets: Sequence[EditTarget]) -> Iterator[Recorder]:
+    """Record what passes the edit targets while the context lasts."""
+    recorder = Recorder()
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_(True)  # the first edited block: nothing before it has a gradient
+            recorder.inputs[name] = args[0].detach()
+            recorder.outputs[name] = output
+
+        return hook
+
+    handles = [model.get_submodule(target.name).register_forward_hook(keep(target.name)) for target in targets]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,173 @@
+"""Loading a base model: the bundled toy, a folder, or a hub id; whole, in 8 bits or in 4."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from ie.base.fingerprint import checkpoint_files, fingerprint_checkpoint
+from ie.base.model import Base
+from ie.base.suffix import Decoder
+from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets
+from ie.errors import InputError, ModelError
+
+__all__ = ["TOY_FOLDER", "Plan", "load_base", "plan_load", "resolve_folder"]
+
+Quant = Literal["auto", "8bit", "4bit", "none"]
+TOY_FOLDER = Path(__file__).parent / "toy_base"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a base model will be loaded, and why.
+
+    Attributes:
+        device: `cpu`, `cuda`, ...
+        dtype: what is computed in.
+        quant: `none`, `8bit` or `4bit`.
+        reason: one sentence for the user.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    quant: str
+    reason: str
+
+
+def plan_load(quant: str = "auto", dtype: str = "auto", device: str = "auto") -> Plan:
+    """Choose device, dtype and quantisation.
+
+    Raises:
+        InputError: if a value is unknown.
+    """
+    for flag, value, known in (
+        ("quant", quant, ("auto", "8bit", "4bit", "none")),
+        ("dtype", dtype, ("auto", *DTYPES)),
+    ):
+        if value not in known:
+            raise InputError(f"unknown {flag} {value!r}, expected one of: {', '.join(known)}")
+    gpu = torch.cuda.is_available()
+    where = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
+    on_gpu = where.type == "cuda"
+    kind = ("8bit" if on_gpu else "none") if quant == "auto" else quant
+    compute = (torch.bfloat16 if on_gpu else torch.float32) if dtype == "auto" else DTYPES[dtype]
+    reason = "a GPU is there: the base fits in a quarter of the memory" if on_gpu else "no GPU: fp32 is exact"
+    return Plan(where, compute, kind, reason)
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder that holds a base model: the bundled one, the one named, or the hub's copy on this machine.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    if name == "toy":
+        return TOY_FOLDER
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name} is no model folder: it has no config.json",
+                hint="Point --model at a folder saved by save_pretrained().",
+            )
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"no base model at {name!r}: neither a folder nor a hub id",
+            hint="Use 'toy', a folder saved by save_pretrained(), or a hub id such as owner/name.",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"the base model {name!r} could not be fetched from the hub: {reason}",
+            hint="Check the id and the network, or point --model at a folder.",
+        ) from error
+
+
+def load_base(
+    name: str = "toy",
+    *,
+    quant: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    n_blocks: int = N_EDITED_BLOCKS,
+) -> Base:
+    """Load and freeze a base model.
+
+    Args:
+        name: `toy`, a folder saved by `save_pretrained()`, or a hub id.
+        quant: `auto` (8-bit on a GPU, none on a CPU), `8bit`, `4bit` or `none`.
+        dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.
+        device: `auto` or a torch device.
+        n_blocks: how many of the last blocks edits may change.
+
+    Raises:
+        ModelError: if there is no such model, or nothing in it that can be edited.
+        InputError: if an argument is unknown.
+    """
+    plan = plan_load(quant, dtype, device)
+    folder = resolve_folder(name)
+    checkpoint_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder model, expected a causal LM")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = _load_model(folder, plan)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{name} is no causal LM that transformers can load: {reason}",
+            hint="The folder needs config.json, safetensors weights and a tokenizer.",
+        ) from error
+    model.requires_grad_(False)  # a quantised load leaves norms, embeddings and head trainable
+    model.eval()
+    targets = find_targets(model, n_blocks)
+    _, blocks = find_blocks(model)
+    return Base(
+        id=name if name == "toy" or not Path(name).is_dir() else str(Path(name).resolve()),
+        fingerprint=fingerprint_checkpoint(folder),
+        quant=plan.quant,
+        model=model,
+        tokenizer=tokenizer,
+        targets=targets,
+        decoder=Decoder.split(model, blocks, targets[0].block, plan.device),
+    )
+
+
+def _load_model(folder: Path, plan: Plan) -> Any:
+    _quiet()
+    options: dict[str, Any] = {"dtype": plan.dtype}
+    if plan.quant == "8bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif plan.quant == "4bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=plan.dtype
+        )
+    if plan.quant != "none":
+        options["device_map"] = {"": plan.device}
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights in place for a CPU kernel that has no gradient.
+            module.support_avx512bf16_for_cpu = False
+    return model if plan.quant != "none" else model.to(plan.device)
+
+
+def _quiet() -> None:
+    """Loading is reported by our own progress, not by transformers' bars and advice."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,140 @@
+"""The base model: loaded once, frozen wholly, read through its prefix and its suffix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ie.base.capture import Signals, answer_nll, recording
+from ie.base.prefix import PrefixStore
+from ie.base.suffix import Decoder, run_suffix
+from ie.base.targets import EditTarget
+from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
+from ie.base.update import Update, adding
+
+__all__ = ["Base"]
+
+PREFIX_BUDGET_BYTES = 2 * 1024**3
+_MAX_TEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen causal LM with what editing needs to know of it.
+
+    Attributes:
+        id: the name it was loaded by: `toy`, a hub id, or a folder.
+        fingerprint: names its weights; the same for every dtype and quantisation of one checkpoint.
+        quant: `none`, `8bit` or `4bit`.
+        model: the transformers model, in eval mode, no parameter requiring a gradient.
+        tokenizer: its tokenizer.
+        targets: the modules that edits change.
+        decoder: the model split before its first edited block.
+    """
+
+    id: str
+    fingerprint: str
+    quant: str
+    model: nn.Module
+    tokenizer: Any
+    targets: tuple[EditTarget, ...]
+    decoder: Decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        return min(getattr(self.model.config, "max_position_embeddings", _MAX_TEXT_TOKENS), _MAX_TEXT_TOKENS)  # type: ignore[arg-type]
+
+    @cached_property
+    def encode(self) -> TextEncoder:
+        """Turns prompts and answers into texts."""
+        return TextEncoder(self.tokenizer, self.max_length)
+
+    @cached_property
+    def prefixes(self) -> PrefixStore:
+        """Hidden states that enter the first edited block."""
+        return PrefixStore(self.decoder, PREFIX_BUDGET_BYTES)
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to pad with; what it is makes no difference."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def collate(self, texts: Sequence[Text]) -> TokenBatch:
+        """Pad texts into one batch on the model's device."""
+        return collate(texts, self.pad_id, self.device)
+
+    def logits(self, batch: TokenBatch, update: Update | None = None, rows: Tensor | None = None) -> Tensor:
+        """Logits (n_answer, n_vocab) at the positions that predict an answer token.
+
+        Args:
+            batch: the texts.
+            update: edits to compute under; None for the base itself.
+            rows: (n,) int64, the edit that each text is under; see `ie.base.update.adding`.
+        """
+        hidden = self.prefixes.hidden(batch)
+        with adding(self.model, update, rows) if update else nullcontext():
+            return run_suffix(self.decoder, batch, hidden)
+
+    def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
+        """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
+        hidden = self.prefixes.hidden(batch)
+        with (
+            torch.enable_grad(),
+            adding(self.model, update) if update else nullcontext(),
+            recording(self.model, self.targets) as recorder,
+        ):
+            logits = run_suffix(self.decoder, batch, hidden)
+            loss = answer_nll(logits, batch.labels, batch.rows, len(batch.texts)).sum()
+            return recorder.signals(loss, batch.editable)
+
+    @torch.no_grad()
+    def generate(
+        self, texts: Sequence[Text], n_tokens: int, update: Update | None = None, rows: Tensor | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations of each text's prompt, up to an end-of-text token (left out) or `n_tokens`.
+
+        Prompts are padded on the left, as decoding needs it.
+        """
+        prompts = [text.ids[: text.n_prompt] for text in texts]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[*[self.pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with adding(self.model, update, rows) if update else nullcontext():
+            out = self.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.pad_id,
+            )
+        return [self._until_end(row) for row in out[:, width:].tolist()]
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a text."""
+        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)  # type: ignore[list-item,arg-type]
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
+        return ids[:end]
+
+
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of a cast on every call

@@ -1,0 +1,57 @@
+"""The low-rank update, the one form that every edit has.
+
+A linear module with input u and output gradient δ changes by ΔW = BᵀA, with A (r, d_in) and B (r, d_out); B already
+carries the minus sign and the rate of the update. Applied, the module's output y becomes y + (x Aᵀ) B. The base model
+is never touched. A batch of n independent edits gives A and B a first dimension n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Factors", "Update", "adding"]
+
+Factors = tuple[Tensor, Tensor]  # A (n, r, d_in), B (n, r, d_out)
+Update = Mapping[str, Factors]  # by module path
+
+
+@contextmanager
+def adding(model: nn.Module, update: Update, rows: Tensor | None = None) -> Iterator[None]:
+    """Let `model` compute as if edited, while the context lasts.
+
+    Args:
+        model: the base model; its weights are not changed.
+        update: n edits' factors for each module.
+        rows: (n_rows,) int64, which edit each row of a batch is under; None if row i is under edit i, or if there is
+            a single edit and every row is under it.
+    """
+    handles = []
+    try:
+        for name, (a, b) in update.items():
+            if a.shape[1]:
+                handles.append(model.get_submodule(name).register_forward_hook(_adder(a, b, rows)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
+    if rows is not None:
+        a, b = a[rows], b[rows]
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        if a.shape[0] == 1:
+            low = x.to(a.dtype) @ a[0].T @ b[0]
+        else:
+            # OPT flattens (rows, tokens) before its MLP; the leading rows are recovered from the factors.
+            low = torch.bmm(torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a.mT), b)
+        return output + low.to(output.dtype).view_as(output)
+
+    return add

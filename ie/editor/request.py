@@ -1,0 +1,36 @@
+"""The edit request: what a user asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ie.base.model import Base
+from ie.data.record import Record
+from ie.data.tokens import TokenBatch
+
+__all__ = ["EditRequest", "collate_requests"]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One change: let the base model continue `prompt` with `target`.
+
+    Attributes:
+        prompt: the prompt to change the answer of.
+        target: the new answer.
+        instruction: what kind of change this is; None for a method that reads none.
+    """
+
+    prompt: str
+    target: str
+    instruction: str | None = None
+
+    @classmethod
+    def of(cls, record: Record, instruction: str | None) -> EditRequest:
+        """The request that a record makes."""
+        return cls(record.prompt, record.target, instruction)
+
+
+def collate_requests(base: Base, requests: list[EditRequest]) -> TokenBatch:
+    """Tokenise requests into one batch, a row each."""
+    return base.collate([base.encode(r.prompt, r.target, r.instruction) for r in requests])

@@ -1,0 +1,117 @@
+"""Asking a base model many questions at once, each under an edit of its own or under none.
+
+Questions are sorted by length and cut into batches by tokens, so that little is padded; answers come back in the
+order of the questions.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ie.base.capture import row_mean
+from ie.base.model import Base
+from ie.base.update import Update
+from ie.data.tokens import Text
+
+__all__ = ["Ask", "answers", "log_likelihoods", "matches", "normalise", "predictions"]
+
+_BATCH_TOKENS = 4096
+_EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to the model.
+
+    Attributes:
+        prompt: what is asked.
+        answer: the answer whose tokens are forced, or waited for.
+        instruction: what stands before the prompt; None for a plain question.
+        edit: index of the edit that it is asked under.
+    """
+
+    prompt: str
+    answer: str
+    instruction: str | None = None
+    edit: int = 0
+
+
+def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[tuple[int, ...]]:
+    """For each question the arg-max tokens at the answer's positions, the answer itself being forced."""
+    out: list[tuple[int, ...]] = [()] * len(asks)
+    for indices, texts in _batches(base, asks):
+        batch = base.collate(texts)
+        with torch.no_grad():
+            best = base.logits(batch, update, _rows(asks, indices, update, base)).argmax(-1)
+        for row, tokens in enumerate(best.split(torch.bincount(batch.rows, minlength=len(texts)).tolist())):
+            out[indices[row]] = tuple(tokens.tolist())
+    return out
+
+
+def log_likelihoods(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[float]:
+    """For each question the mean log-probability of the answer's tokens."""
+    out = [0.0] * len(asks)
+    for indices, texts in _batches(base, asks):
+        batch = base.collate(texts)
+        with torch.no_grad():
+            logits = base.logits(batch, update, _rows(asks, indices, update, base)).float()
+            of_label = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
+        for index, value in zip(indices, row_mean(of_label, batch.rows, len(texts)).tolist(), strict=True):
+            out[index] = value
+    return out
+
+
+def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[str]:
+    """For each question the greedy answer: what the model writes after the prompt, up to where it ends.
+
+    An answer ends at an end-of-text token or a line break. A model that ends nothing is cut where the awaited answer
+    ends, if that is the end of a word.
+    """
+    out = [""] * len(asks)
+    for indices, texts in _batches(base, asks):
+        n_tokens = max(len(text.ids) - text.n_prompt for text in texts) + _EXTRA_TOKENS
+        written = base.generate(texts, n_tokens, update, _rows(asks, indices, update, base))
+        for index, text, ids in zip(indices, texts, written, strict=True):
+            limit = len(text.ids) - text.n_prompt + _EXTRA_TOKENS
+            shown = base.tokenizer.decode(ids[:limit]).strip()
+            ended = len(ids) < limit or "\n" in shown
+            out[index] = shown.split("\n")[0].strip() if ended else _cut(shown, asks[index].answer)
+    return out
+
+
+def _cut(shown: str, awaited: str) -> str:
+    rest = shown[len(awaited) :]
+    return awaited if shown.startswith(awaited) and not rest[:1].isalnum() else shown
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation at either end, single spaces."""
+    return re.sub(r"\s+", " ", text).strip(string.punctuation + string.whitespace).casefold()
+
+
+def matches(answer: str, target: str) -> bool:
+    """Whether an answer is the target, word for word after normalising."""
+    return normalise(answer) == normalise(target)
+
+
+def _batches(base: Base, asks: Sequence[Ask]) -> Iterator[tuple[list[int], list[Text]]]:
+    texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
+    order = sorted(range(len(asks)), key=lambda i: len(texts[i].ids))
+    indices: list[int] = []
+    for index in order:
+        if indices and (len(indices) + 1) * len(texts[index].ids) > _BATCH_TOKENS:
+            yield indices, [texts[i] for i in indices]
+            indices = []
+        indices.append(index)
+    if indices:
+        yield indices, [texts[i] for i in indices]
+
+
+def _rows(asks: Sequence[Ask], indices: list[int], update: Update | None, base: Base) -> Tensor | None:
+    return None if update is None else torch.tensor([asks[i].edit for i in indices], device=base.device)

@@ -1,0 +1,83 @@
+"""Episodes: edits to make together with the questions that show how well each was made.
+
+An episode is one record's edit request, drawn with one of its instructions, and its queries: the edit prompt and a
+rephrase, each with the instruction or plain, which must give the target; the record's unrelated questions and other
+records' prompts, which must not move.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ie.data.record import Record
+from ie.editor.request import EditRequest
+from ie.evaluation.asking import Ask
+
+__all__ = ["Episodes", "draw_records", "make_episodes"]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A batch of independent episodes.
+
+    Attributes:
+        requests: the edits, one an episode.
+        wanted: queries that must give the target after the edit, `Ask.edit` naming their episode.
+        kept: queries whose answer must stay as it was.
+    """
+
+    requests: list[EditRequest]
+    wanted: list[Ask]
+    kept: list[Ask]
+
+
+def draw_records(records: Sequence[Record], balance: bool, rng: random.Random) -> Iterator[Record]:
+    """Endless records, each task's in shuffled passes; tasks drawn evenly, or by their size."""
+    by_task: dict[str, list[Record]] = {}
+    for record in records:
+        by_task.setdefault(record.task, []).append(record)
+    passes = {task: _passes(group, rng) for task, group in by_task.items()}
+    tasks = list(passes)
+    weights = [1 if balance else len(by_task[task]) for task in tasks]
+    while True:
+        yield next(passes[rng.choices(tasks, weights)[0]])
+
+
+def _passes(group: list[Record], rng: random.Random) -> Iterator[Record]:
+    order = list(group)
+    while True:
+        rng.shuffle(order)
+        yield from order
+
+
+def make_episodes(
+    records: Sequence[Record], rng: random.Random, *, instructed: bool, plain_share: float, n_negatives: int
+) -> Episodes:
+    """Draw one episode for each record.
+
+    Args:
+        records: the records to edit, training ones.
+        rng: what is drawn with.
+        instructed: whether the method reads instructions.
+        plain_share: share of the queries that carry no instruction.
+        n_negatives: how many other records' prompts must stay as they are, for each edit.
+    """
+    out = Episodes([], [], [])
+    for edit, record in enumerate(records):
+        instruction = rng.choice(record.instruction.train) if instructed and record.instruction.train else None
+        out.requests.append(EditRequest.of(record, instruction))
+        prompts = [record.prompt]
+        if record.rephrases:
+            prompts.append(rng.choice(record.rephrases))
+        for prompt in prompts:
+            shown = None if rng.random() < plain_share else instruction
+            out.wanted.append(Ask(prompt, record.target, shown, edit))
+        if record.locality:
+            question = rng.choice(record.locality)
+            out.kept.append(Ask(question.prompt, question.answer, None, edit))
+        others = [other for other in records if other.subject != record.subject]
+        for other in rng.sample(others, min(n_negatives, len(others))):
+            out.kept.append(Ask(other.prompt, other.ground_truth or other.target, None, edit))
+    return out

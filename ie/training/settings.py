@@ -1,0 +1,74 @@
+"""What `ie train` can be told. The names are those of the flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+__all__ = ["TrainSettings"]
+
+
+class TrainSettings(BaseModel):
+    """Settings of one training run.
+
+    Attributes:
+        model: the base model: `toy`, a folder or a hub id.
+        data: dataset folder.
+        out: editor folder to write.
+        tasks: tasks to train on; None for all of the dataset but the hold-outs.
+        holdout: tasks that training never sees.
+        quant: `auto`, `8bit`, `4bit` or `none`.
+        dtype: `auto` or a dtype's name.
+        device: `auto` or a torch device.
+        method: `instructedit`, or `mend`, which reads no instruction.
+        steps: number of optimiser steps.
+        minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
+        seed: of everything that is drawn.
+        balance: draw tasks evenly; False draws them by size.
+        force: overwrite `out`.
+        batch_size: edits in one step.
+        rank: rank of the hypernetwork's layers.
+        n_layers: number of its layers.
+        rate: start of the learned rates of the update.
+        learning_rate: of the hypernetwork (Adam).
+        rate_learning_rate: of the rates' logarithms (Adam).
+        locality_weight: weight of the locality loss, the edit loss having 1.
+        n_negatives: other records' prompts that each edit must leave alone.
+        plain_share: share of the outer loss's edit and rephrase queries that carry no instruction.
+        validate_every: steps between validations.
+        n_validation: records that validation looks at.
+        patience: validations without a better one after which training ends; None for no early stop.
+        n_fit: edits that the normaliser is fitted on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "toy"
+    data: Path = Path("ie-data")
+    out: Path = Path("ie-editor")
+    tasks: tuple[str, ...] | None = None
+    holdout: tuple[str, ...] = ("zsre",)
+    quant: Literal["auto", "8bit", "4bit", "none"] = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    method: Literal["instructedit", "mend"] = "instructedit"
+    steps: PositiveInt = 1500
+    minutes: PositiveFloat | None = None
+    seed: int = 0
+    balance: bool = True
+    force: bool = False
+    batch_size: PositiveInt = 16
+    rank: PositiveInt = 128
+    n_layers: NonNegativeInt = 2
+    rate: PositiveFloat = 3e-4
+    learning_rate: PositiveFloat = 1e-3
+    rate_learning_rate: PositiveFloat = 1e-2
+    locality_weight: NonNegativeFloat = 1.0
+    n_negatives: NonNegativeInt = 2
+    plain_share: NonNegativeFloat = 0.7
+    validate_every: PositiveInt = 250
+    n_validation: PositiveInt = 96
+    patience: PositiveInt | None = 6
+    n_fit: PositiveInt = 256
