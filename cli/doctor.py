@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Quant, Quiet
@@ -32,6 +30,8 @@ def doctor(
 
 
 def _examine(quant: str, dtype: str, device: str) -> dict[str, Any]:
+    import platform
+
     import torch
 
     from ie.base.load import plan_load
@@ -91,6 +91,8 @@ def _memory_bytes() -> int | None:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(name)
     except PackageNotFoundError:

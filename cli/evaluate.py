@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +73,8 @@ def evaluate(
         for file, flag in ((out, "--out"), (markdown, "--markdown")):
             if file is not None:
                 check_new(file, force=force, flag=flag)
+
+        import json as json_format
 
         from ie.evaluation import evaluate as run
 

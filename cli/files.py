@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,6 +110,8 @@ def check_names(names: Iterable[str], known: Iterable[str], flag: str, what: str
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file: to a temporary sibling, then renamed."""
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -7,11 +7,9 @@ colours and no bars. Rich is imported when a table is drawn, so errors and JSON 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -103,6 +101,8 @@ def reporting(*, json: bool, quiet: bool, debug: bool) -> Iterator[Render]:
 
 def _fail(error: BaseException, render: Render, message: str, hint: str | None, code: int) -> NoReturn:
     if render.debug:
+        import traceback
+
         traceback.print_exception(error, file=sys.stderr)
     error_lines(message, hint)
     raise SystemExit(code) from error
@@ -119,6 +119,8 @@ def _interrupt_hint(error: KeyboardInterrupt) -> str | None:
 
 def _set_up_logs(render: Render) -> None:
     """Send the libraries' logs to stderr; keep their progress bars off pipes."""
+    import logging  # here: `ie --help` has no use for it
+
     level = logging.DEBUG if render.debug else logging.ERROR if render.quiet else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s" if render.debug else "%(message)s"))

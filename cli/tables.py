@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .report import LEGEND, by_task, cell, labels
+from .report import LEGEND, Line, by_task, cell, labels
 
 __all__ = [
     "apply_view",
@@ -30,10 +30,18 @@ __all__ = [
 Json = Mapping[str, Any]
 View = list[RenderableType]
 
+_GAP = Text("")
 
-def _table(title: str | None, *heads: str, figures: Sequence[str] = ()) -> Table:
-    """Return an empty table; the columns named in `figures` are aligned right and never cut."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+def _table(title: str | None, *heads: str, figures: Sequence[str] = (), narrow: bool = False) -> Table:
+    """Return an empty table; the columns named in `figures` are aligned right and never cut.
+
+    A narrow table spends fewer columns on the space between its own.
+    """
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False,
+        box=None if narrow else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if narrow else (0, 1),
+    )  # fmt: skip
     for head in heads:
         is_figure = head in figures
         justify: Literal["left", "right"] = "right" if is_figure else "left"
@@ -90,7 +98,7 @@ def build_view(result: Json) -> View:
         n_texts = f"{texts.get('train', 0)} + {texts.get('heldout', 0)}"
         _row(table, task, entry["train"], entry["validation"], entry["test"], sum(skipped.values()), n_texts)
         reasons += [Text(f"{task}: skipped {n}: {reason}") for reason, n in skipped.items()]
-    return [table, *reasons, Text(f"dataset: {result['out']}   fingerprint {str(result['fingerprint'])[:16]}")]
+    return [table, _GAP, *reasons, Text(f"dataset: {result['out']}   fingerprint {str(result['fingerprint'])[:16]}")]
 
 
 def train_view(result: Json) -> View:
@@ -120,7 +128,7 @@ def edit_view(result: Json) -> View:
         for entry in result["edits"]:
             _row(table, *(entry[key] for key in ("prompt", "target", "before", "after")), _mark(entry["took"]))
         n_took = sum(bool(entry["took"]) for entry in result["edits"])
-        return [table, Text(f"{n_took} of {len(result['edits'])} edits took")]
+        return [table, _GAP, Text(f"{n_took} of {len(result['edits'])} edits took")]
     table = _table(None, "", "prompt", "before", "after")
     _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))
     for probe in result.get("probes", ()):
@@ -134,7 +142,7 @@ def edit_view(result: Json) -> View:
         "patch": f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']})",
         "time": f"{result['seconds']:.2f} s",
     }
-    return [table, _facts(None, facts)]
+    return [table, _GAP, _facts(None, facts)]
 
 
 def _probability(value: float) -> str:
@@ -152,7 +160,7 @@ def apply_view(result: Json) -> View:
         table = _table(None, "prompt", "before", "after")
         for preview in result["previews"]:
             _row(table, preview["prompt"], preview["before"], Text(str(preview["after"]), style="bold"))
-        parts.append(table)
+        parts += [table, _GAP]
     facts = {
         "patches": [entry if isinstance(entry, str) else entry.get("patch", entry) for entry in result["patches"]],
         "took": result["took"],
@@ -166,19 +174,35 @@ def eval_view(result: Json) -> View:
     """A table for each task, methods side by side, and one for the controls where there are any."""
     rows = [row for row in result["rows"] if not row.get("control")]
     controls = [row for row in result["rows"] if row.get("control")]
-    holdout = result.get("holdout")
     parts: View = []
     for found, column, suffix in ((rows, "method", ""), (controls, "control", ": which instruction")):
         names = labels(found, column)
-        stacked = len(names) > 2
         for task, lines in by_task(found, column).items():
-            title = f"{task}{' (held out)' if task == holdout else ''}{suffix}"
-            table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
-            for line in lines:
-                cells = (cell(line.cells.get(name), stacked=stacked) for name in names)
-                _row(table, line.metric, line.query, line.decoding, line.n, *cells)
-            parts.append(table)
-    return [*parts, Text(LEGEND), _facts(None, {"base": result["base"], "editor": result.get("editor")})]
+            title = f"{task}{' (held out)' if task == result.get('holdout') else ''}{suffix}"
+            parts += [_beside(title, lines, names) if len(names) <= 2 else _below(title, lines, names, column), _GAP]
+    return [*parts, Text(LEGEND), _GAP, _facts(None, {"base": result["base"], "editor": result.get("editor")})]
+
+
+def _beside(title: str, lines: Sequence[Line], names: Mapping[str, str]) -> Table:
+    """Two methods at most: a column for each."""
+    table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
+    for line in lines:
+        _row(table, line.metric, line.query, line.decoding, line.n, *(cell(line.cells.get(name)) for name in names))
+    return table
+
+
+def _below(title: str, lines: Sequence[Line], names: Mapping[str, str], column: str) -> Table:
+    """Many methods: a line for each, and a column for each way of asking."""
+    ways = list(dict.fromkeys((line.query, line.decoding) for line in lines))
+    heads = ["\n".join(way) for way in ways]
+    found = {(line.metric, line.query, line.decoding): line for line in lines}
+    table = _table(title, "metric", column, "n", *heads, figures=("n", *heads), narrow=True)
+    for metric in dict.fromkeys(line.metric for line in lines):
+        for name, label in names.items():
+            there = [found.get((metric, *way)) for way in ways]
+            cells = [cell(line.cells.get(name) if line else None, stacked=True) for line in there]
+            _row(table, metric, label, max(line.n for line in there if line), *cells)
+    return table
 
 
 def inspect_view(result: Json) -> View:
@@ -193,12 +217,12 @@ def inspect_view(result: Json) -> View:
         for name, entry in nested["modules"].items():
             if isinstance(entry, Mapping):
                 _row(table, name, *(_shape(entry.get(key)) for key in ("A", "B")), entry.get("dtype"))
-        parts.append(table)
+        parts += [_GAP, table]
     if nested.get("tasks"):
         table = _table(None, "task", "what it holds")
         for name, entry in nested["tasks"].items():
             _row(table, name, _value(entry))
-        parts.append(table)
+        parts += [_GAP, table]
     return parts
 
 
@@ -231,4 +255,4 @@ def doctor_view(result: Json) -> View:
     }
     plan = {key: result[key] for key in ("base", "device", "dtype", "quant", "reason")}
     versions = {name: version or "not installed" for name, version in result["versions"].items()}
-    return [_facts("Machine", machine), Text(""), _facts("Versions", versions), Text(""), _facts("Will be used", plan)]
+    return [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
