@@ -63,12 +63,12 @@ def _check(patches: list[Path], model: str | None, prompts: list[str], scale: fl
     """Refuse what can be refused without torch."""
     import math
 
-    from ie.patch.header import read_document
+    from ie.patch.header import factor_shapes, read_document
 
     if model is not None:
         check_model(model)
     for path in patches:
-        read_document(path)
+        factor_shapes(path, read_document(path)[1])
     if not all(text.strip() for text in prompts):
         raise InputError("--prompt: empty, expected a text")
     if scale is not None and not math.isfinite(scale):

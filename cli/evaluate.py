@@ -64,7 +64,7 @@ def evaluate(
         wanted = split_names(methods, "--methods")
         check_names(wanted, METHODS, "--methods", "method")
         editors = _editors(editor, wanted)
-        known = tuple(read_dataset_info(data).get("tasks", ()))
+        known = tuple(read_dataset_info(data)["tasks"])
         names = split_names(tasks, "--tasks")
         check_names(names, known, "--tasks", "task")
         check_names([holdout] if holdout else [], known, "--holdout", "task")

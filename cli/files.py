@@ -60,7 +60,11 @@ def read_dataset_info(folder: Path) -> dict[str, Any]:
         what = f"{folder} is no dataset: it has no dataset.json" if folder.exists() else f"no dataset at {folder}"
         command = "`ie build`" if folder == DEFAULT_DATA else f"`ie build --out {folder}`"
         raise DataError(what, hint=f"{command} makes one")
-    return read_object(file, DataError)
+    info = read_object(file, DataError)
+    tasks = info.get("tasks")
+    if not isinstance(tasks, dict) or not all(isinstance(entry, dict) for entry in tasks.values()):
+        raise DataError(f"{file}: `tasks` does not map tasks to their counts", hint="build the dataset again")
+    return info
 
 
 def read_editor_info(folder: Path) -> dict[str, Any]:
@@ -70,7 +74,10 @@ def read_editor_info(folder: Path) -> dict[str, Any]:
         what = f"{folder} is no editor: it has no {missing[0]}" if folder.exists() else f"no editor at {folder}"
         command = "`ie train`" if folder == DEFAULT_EDITOR else f"`ie train --out {folder}`"
         raise EditorError(what, hint=f"{command} makes one")
-    return read_object(folder / "editor.json", EditorError)
+    info = read_object(folder / "editor.json", EditorError)
+    if not isinstance(info.get("tasks", []), list):
+        raise EditorError(f"{folder / 'editor.json'}: `tasks` is no list of tasks", hint="train the editor again")
+    return info
 
 
 def read_object(file: Path, kind: type[InputError]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,18 +50,17 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _patch(path: Path) -> dict[str, Any]:
-    from ie.patch.header import read_document
+    from ie.patch.header import factor_shapes, read_document
 
     document, tensors = read_document(path)
-    modules: dict[str, dict[str, Any]] = {}
-    for name, (dtype, shape) in tensors.items():
-        module, _, factor = name.rpartition(".")
-        modules.setdefault(module, {"dtype": dtype})[factor] = list(shape)
-    ranks = sorted({entry["A"][0] for entry in modules.values() if entry.get("A")})
-    rank = max(ranks, default=0)
+    shapes = factor_shapes(path, tensors)
+    modules = {
+        name: {"A": [rank, d_in], "B": [rank, d_out], "dtype": tensors[f"{name}.A"][0]}
+        for name, (rank, d_in, d_out) in shapes.items()
+    }
     return {
         "kind": "patch", "path": str(path), "bytes": path.stat().st_size,
-        **_rest(document), "rank": rank, "modules": modules,
+        **_rest(document), "rank": max(rank for rank, _, _ in shapes.values()), "modules": modules,
     }  # fmt: skip
 
 
@@ -69,15 +69,9 @@ def _editor(path: Path) -> dict[str, Any]:
 
     document = read_editor_info(path)
     _, tensors = read_header(path / "editor.safetensors")
-    n_parameters = 0
-    for _, shape in tensors.values():
-        size = 1
-        for length in shape:
-            size *= length
-        n_parameters += size
     return {
         "kind": "editor", "path": str(path), "bytes": _size(path),
-        **_rest(document), "n_tensors": len(tensors), "n_values": n_parameters,
+        **_rest(document), "n_tensors": len(tensors), "n_values": sum(prod(shape) for _, shape in tensors.values()),
     }  # fmt: skip
 
 

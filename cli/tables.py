@@ -70,9 +70,10 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value)) or "none"
+        between = "\n" if any(isinstance(item, Mapping) for item in value) else ", "
+        return between.join(map(_value, value)) or "none"
     return str(value)
 
 
@@ -89,16 +90,25 @@ def size(n_bytes: float | None) -> str | None:
 
 def build_view(result: Json) -> View:
     """Records of each task and split, and what was skipped."""
+    reasons = [
+        Text(f"{task}: skipped {n}: {reason}")
+        for task, entry in result["tasks"].items()
+        for reason, n in (entry.get("skipped") or {}).items()
+    ]
+    facts = {"dataset": result["out"], "fingerprint": result["fingerprint"]}
+    return [_counts(result), _GAP, *reasons, *([_GAP] if reasons else []), _facts(None, facts)]
+
+
+def _counts(result: Json) -> Table:
+    """Return the table of a dataset's tasks."""
     counts = ("train", "validation", "test", "skipped", "instructions")
     table = _table(None, "task", *counts, figures=counts)
-    reasons: View = []
     for task, entry in result["tasks"].items():
-        skipped = entry.get("skipped") or {}
         texts = result.get("instructions", {}).get(task, {})
         n_texts = f"{texts.get('train', 0)} + {texts.get('heldout', 0)}"
-        _row(table, task, entry["train"], entry["validation"], entry["test"], sum(skipped.values()), n_texts)
-        reasons += [Text(f"{task}: skipped {n}: {reason}") for reason, n in skipped.items()]
-    return [table, _GAP, *reasons, Text(f"dataset: {result['out']}   fingerprint {str(result['fingerprint'])[:16]}")]
+        n_skipped = sum((entry.get("skipped") or {}).values())
+        _row(table, task, *(entry.get(split, 0) for split in ("train", "validation", "test")), n_skipped, n_texts)
+    return table
 
 
 def train_view(result: Json) -> View:
@@ -206,22 +216,19 @@ def _below(title: str, lines: Sequence[Line], names: Mapping[str, str], column: 
 
 
 def inspect_view(result: Json) -> View:
-    """Everything that the file says about itself."""
-    nested = {key: value for key, value in result.items() if key in ("modules", "tasks") and isinstance(value, Mapping)}
-    facts = {key: value for key, value in result.items() if key not in nested}
-    if "bytes" in facts:
-        facts["bytes"] = f"{facts['bytes']} ({size(facts['bytes'])})"
+    """Everything that the file says about itself; the lists that are long as tables."""
+    in_tables = {"modules"} if result["kind"] == "patch" else set()
+    if result["kind"] == "dataset":
+        in_tables = {"tasks", "instructions", "styles"}
+    facts = {key: value for key, value in result.items() if key not in in_tables}
+    facts["bytes"] = f"{facts['bytes']} ({size(facts['bytes'])})"
     parts: View = [_facts(None, facts)]
-    if nested.get("modules"):
+    if result["kind"] == "dataset":
+        parts += [_GAP, _counts(result)]
+    if result["kind"] == "patch":
         table = _table(None, "module", "A", "B", "dtype")
-        for name, entry in nested["modules"].items():
-            if isinstance(entry, Mapping):
-                _row(table, name, *(_shape(entry.get(key)) for key in ("A", "B")), entry.get("dtype"))
-        parts += [_GAP, table]
-    if nested.get("tasks"):
-        table = _table(None, "task", "what it holds")
-        for name, entry in nested["tasks"].items():
-            _row(table, name, _value(entry))
+        for name, entry in result["modules"].items():
+            _row(table, name, *(_shape(entry.get(key)) for key in ("A", "B")), entry["dtype"])
         parts += [_GAP, table]
     return parts
 

@@ -170,7 +170,7 @@ def _check_tasks(render: Render, data: Path, tasks: str | None, holdout: str, *,
 
         render.note(f"no dataset at {data}: building the default one first")
         build(data)
-    known = tuple(read_dataset_info(data).get("tasks", ()))
+    known = tuple(read_dataset_info(data)["tasks"])
     check_names(names, known, "--tasks", "task")
     if explicit:
         check_names(left_out, known, "--holdout", "task")

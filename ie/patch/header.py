@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from ie.errors import PatchError
 
-__all__ = ["MAX_HEADER_BYTES", "Metadata", "Tensors", "read_document", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Metadata", "Tensors", "factor_shapes", "read_document", "read_header"]
 
 Metadata = dict[str, str]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -82,6 +82,40 @@ def read_document(path: Path | str, key: str = "ie") -> tuple[dict[str, Any], Te
     if not isinstance(document, dict):
         raise PatchError(f"{path}: the {key!r} document in its metadata is not a JSON object")
     return document, tensors
+
+
+def factor_shapes(path: Path | str, tensors: Tensors) -> dict[str, tuple[int, int, int]]:
+    """Check that a patch's tensors are pairs of factors, `<module>.A` (r, d_in) and `<module>.B` (r, d_out).
+
+    Args:
+        path: the file, for the message.
+        tensors: as `read_header` returns them.
+
+    Returns:
+        For each module's path its rank, d_in and d_out.
+
+    Raises:
+        PatchError: all tensors that do not fit, in one message.
+    """
+    modules: dict[str, tuple[int, int, int]] = {}
+    faults = [] if tensors else ["it holds no tensors"]
+    for name, (_, shape) in tensors.items():
+        module, _, factor = name.rpartition(".")
+        if factor not in ("A", "B") or not module:
+            faults.append(f"{name!r} is named neither <module>.A nor <module>.B")
+            continue
+        other = tensors.get(f"{module}.{'B' if factor == 'A' else 'A'}")
+        if other is None:
+            faults.append(f"{name!r} has no partner")
+        elif len(shape) != 2:
+            faults.append(f"{name!r} has the shape {list(shape)}, expected two sizes")
+        elif factor == "A" and len(other[1]) == 2:
+            if shape[0] != other[1][0]:
+                faults.append(f"the factors of {module!r} have the ranks {shape[0]} and {other[1][0]}")
+            modules[module] = (shape[0], shape[1], other[1][1])
+    if faults:
+        raise PatchError(f"{path} is no valid patch: {'; '.join(faults)}", hint=_HINT)
+    return modules
 
 
 def _read_bytes(path: Path) -> tuple[bytes, int]:

@@ -68,3 +68,20 @@ def test_other_folders(run: Any, workdir: Path) -> None:
 def test_an_editor_without_weights(run: Any, editor_folder: Path) -> None:
     (editor_folder / "editor.safetensors").unlink()
     assert "has no editor.safetensors" in run("inspect", editor_folder, code=2).stderr
+
+
+@pytest.mark.parametrize("text", ["{}", '{"tasks": ["people"]}', '{"tasks": {"people": 3}}', "[]", "{"])
+def test_a_broken_dataset(text: str, run: Any, dataset_folder: Path) -> None:
+    (dataset_folder / "dataset.json").write_text(text)
+    assert "dataset.json" in run("inspect", dataset_folder, code=2).stderr
+
+
+def test_an_editor_whose_tasks_are_no_list(run: Any, editor_folder: Path) -> None:
+    (editor_folder / "editor.json").write_text('{"tasks": 3}')
+    assert "`tasks` is no list" in run("inspect", editor_folder, code=2).stderr
+
+
+def test_tensors_that_are_no_factors(run: Any, workdir: Path, write_safetensors: Callable[..., Path]) -> None:
+    write_safetensors(workdir / "odd.safetensors", {"w": (2, 2)}, document={})
+    assert "is no valid patch" in run("inspect", "odd.safetensors", code=2).stderr
+    assert "is no valid patch" in run("apply-patch", "odd.safetensors", code=2).stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ie.errors import PatchError
-from ie.patch.header import MAX_HEADER_BYTES, read_document, read_header
+from ie.patch.header import MAX_HEADER_BYTES, factor_shapes, read_document, read_header
 
 
 def write(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -108,3 +108,31 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 def test_broken_documents(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=said):
         read_document(write(tmp_path / "file", {"__metadata__": {"ie": text}}))
+
+
+def test_factors() -> None:
+    tensors = {"a.b.A": ("F32", (3, 5)), "a.b.B": ("F32", (3, 7))}
+    assert factor_shapes("file", tensors) == {"a.b": (3, 5, 7)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({}, "no tensors"),
+        ({"weight": (2, 2)}, "'weight' is named neither"),
+        ({"A": (2, 2), "B": (2, 2)}, "'A' is named neither"),
+        ({"m.A": (2, 2)}, "'m.A' has no partner"),
+        ({"m.A": (2,), "m.B": (2, 2)}, "expected two sizes"),
+        ({"m.A": (2, 2), "m.B": ()}, "expected two sizes"),
+        ({"m.A": (2, 2), "m.B": (3, 2)}, "ranks 2 and 3"),
+    ],
+)
+def test_factors_that_do_not_fit(shapes: dict[str, tuple[int, ...]], said: str) -> None:
+    with pytest.raises(PatchError, match=said):
+        factor_shapes("file", {name: ("F32", shape) for name, shape in shapes.items()})
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(PatchError) as error:
+        factor_shapes("file", {"x": ("F32", (1,)), "m.A": ("F32", (1, 1))})
+    assert "'x'" in error.value.message and "'m.A'" in error.value.message
