@@ -63,7 +63,7 @@ def _check(patches: list[Path], model: str | None, prompts: list[str], scale: fl
     """Refuse what can be refused without torch."""
     import math
 
-    from ie.patch.header import factor_shapes, read_document
+    from ie.header import factor_shapes, read_document
 
     if model is not None:
         check_model(model)

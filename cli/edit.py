@@ -72,9 +72,11 @@ def edit(
 
         from .tables import edit_view
 
-        settings = EditSettings(
-            requests=requests, many=from_file is not None, editor=editor, model=model, out=out,
-            quant=quant, dtype=dtype, device=device, force=force,
+        settings = EditSettings.model_validate(
+            {
+                "requests": requests, "many": from_file is not None, "editor": editor, "model": model, "out": out,
+                "quant": quant, "dtype": dtype, "device": device, "force": force,
+            }
         )  # fmt: skip
         result = make_edit(settings)
         render.result(result, *edit_view(result))

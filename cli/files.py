@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -116,25 +115,11 @@ def check_names(names: Iterable[str], known: Iterable[str], flag: str, what: str
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file: to a temporary sibling, then renamed."""
-    import tempfile
+    """Write a text file, whole or not at all."""
+    from ie.files import new_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with new_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def _is_empty_folder(path: Path) -> bool:

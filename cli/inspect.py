@@ -50,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _patch(path: Path) -> dict[str, Any]:
-    from ie.patch.header import factor_shapes, read_document
+    from ie.header import factor_shapes, read_document
 
     document, tensors = read_document(path)
     shapes = factor_shapes(path, tensors)
@@ -65,7 +65,7 @@ def _patch(path: Path) -> dict[str, Any]:
 
 
 def _editor(path: Path) -> dict[str, Any]:
-    from ie.patch.header import read_header
+    from ie.header import read_header
 
     document = read_editor_info(path)
     _, tensors = read_header(path / "editor.safetensors")

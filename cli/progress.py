@@ -64,9 +64,9 @@ class TrainingProgress:
         self._bar.update(self._task, completed=event.step, total=event.n_steps, description=line)
 
     def _open(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import Progress, SpinnerColumn, TextColumn
 
-        columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
         self._bar = Progress(*columns, console=self._render.console(stderr=True), transient=True, expand=False)
         self._bar.start()
         self._task = self._bar.add_task("", total=None)
@@ -83,10 +83,17 @@ def event_line(event: Event) -> str:
     if event.kind in ("step", "validation"):
         head = f"step {event.step}/{event.n_steps}" if event.n_steps else f"step {event.step}"
         parts = [head if event.kind == "step" else f"{head} validation", *parts]
-        parts += [f"{name} {value:.3g}" for name, value in event.metrics.items()]
+        parts += [_figure(name, value) for name, value in event.metrics.items()]
     if event.kind == "step" and event.seconds_left is not None:
         parts.append(f"{clock(event.seconds_left)} left")
     return "  ".join(parts)
+
+
+def _figure(name: str, value: float) -> str:
+    """Write a figure shortly: the whole line has to fit 80 columns."""
+    if name.endswith("_per_second"):
+        return f"{value:.1f} {name.removesuffix('_per_second')}/s"
+    return f"{name.removesuffix('_loss').replace('_', ' ')} {value:.3f}"
 
 
 def clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,9 @@ from .options import (
     Seed,
 )
 from .render import Render, reporting
+
+if TYPE_CHECKING:
+    from ie.training.settings import TrainSettings
 
 __all__ = ["train"]
 
@@ -74,7 +77,7 @@ def train(
     dtype: Dtype = "auto",
     device: Device = "auto",
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="fits the base")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="1500")
     ] = None,
     minutes: Annotated[
         float | None,
@@ -82,7 +85,7 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Edits in a step.", show_default="fits the base"),
+        typer.Option("--batch-size", metavar="N", min=1, help="Edits in a step.", show_default="16"),
     ] = None,
     balance: Annotated[
         bool, typer.Option("--balance/--no-balance", help="Draw tasks evenly, or by their size.")
@@ -106,7 +109,8 @@ def train(
         if not resume:
             check_new(out, force=force)
         more = dict(context.obj or {})
-        _check_settings(config, more)
+        if more:  # settings that only --config can name: check them before anything is built
+            _settings(more, f"--config {config}: ")
         left_out = _check_tasks(render, data, tasks, holdout, explicit=_given(context, "holdout"))
         values: dict[str, Any] = {
             "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
@@ -119,36 +123,28 @@ def train(
 
 def _run(render: Render, values: dict[str, Any]) -> None:
     from ie.training import train as train_editor
-    from ie.training.settings import TrainSettings
 
     from .progress import TrainingProgress
     from .tables import train_view
 
-    settings = TrainSettings(**values)
+    settings = _settings(values, "")
     with TrainingProgress(render) as progress:
         result = train_editor(settings, on_event=progress)
     render.result(result, *train_view(result))
 
 
-def _check_settings(config: Path | None, more: dict[str, Any]) -> None:
-    """Check the settings that only --config can name."""
-    if not more:
-        return
+def _settings(values: dict[str, Any], where: str) -> TrainSettings:
+    """Make the settings of a run; all values that it cannot have are named in one error."""
     from pydantic import ValidationError
 
     from ie.training.settings import TrainSettings
 
-    unknown = sorted(set(more) - set(TrainSettings.model_fields))
-    if unknown:
-        raise InputError(
-            f"--config {config} names unknown settings: {', '.join(unknown)}",
-            hint="known are the flags of `ie train` and the fields of ie.training.settings.TrainSettings",
-        )
     try:
-        TrainSettings(**more)
+        return TrainSettings(**values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise InputError(f"--config {config}: {faults}") from error
+        hint = "known are the flags of `ie train` and the fields of ie.training.settings.TrainSettings"
+        raise InputError(f"{where}{faults}", hint=hint) from error
 
 
 def _given(context: typer.Context, name: str) -> bool:

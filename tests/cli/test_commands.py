@@ -86,7 +86,7 @@ def test_train_passes_the_flags_on(run: Any, trained: dict[str, Any], dataset_fo
     assert (trained["quant"], trained["balance"], trained["batch_size"]) == ("8bit", False, 4)
     assert (trained["holdout"], trained["data"], trained["out"]) == (("zsre",), Path("ie-data"), Path("ie-editor"))
     assert not {"tasks", "minutes", "resume"} & set(trained)  # left to the library's defaults
-    assert result.stderr == "building episodes\nstep 10/20 validation  best so far  reliability 0.5\nstopped early\n"
+    assert result.stderr == "building episodes\nstep 10/20 validation  best so far  reliability 0.500\nstopped early\n"
 
 
 def test_train_quietly(run: Any, trained: dict[str, Any], dataset_folder: Path) -> None:
@@ -140,7 +140,8 @@ def edit_library(library: Callable[..., None], result: dict[str, Any]) -> list[A
         return result
 
     library("ie.editor", __path__=[])
-    library("ie.editor.editing", edit=edit, EditSettings=SimpleNamespace)
+    settings = SimpleNamespace(model_validate=lambda values: SimpleNamespace(**values))
+    library("ie.editor.editing", edit=edit, EditSettings=settings)
     return seen
 
 
@@ -235,5 +236,23 @@ def test_doctor(run: Any) -> None:
 
 
 def test_event_lines() -> None:
-    assert event_line(EVENTS[1]) == "step 1/20  loss 1.23  1:15 left"  # type: ignore[arg-type]
+    assert event_line(EVENTS[1]) == "step 1/20  loss 1.235  1:15 left"
+    figures = {"edit_loss": 12.3456, "locality_loss": 0.01, "episodes_per_second": 512.34}
+    line = event_line(Event("step", "", 1499, 1500, figures, 1.0, 3723))
+    assert line == "step 1499/1500  edit 12.346  locality 0.010  512.3 episodes/s  1:02:03 left"
+    assert len(line) <= 75  # beside the spinner
     assert [clock(seconds) for seconds in (7.4, 750, 3723)] == ["0:07", "12:30", "1:02:03"]
+
+
+def test_the_defaults_that_help_shows_are_the_librarys(run: Any) -> None:
+    from ie.training.settings import TrainSettings
+
+    shown = " ".join(run("train", "--help").stdout.split())
+    for name in ("steps", "batch_size"):
+        assert f"[default: ({TrainSettings.model_fields[name].default});" in shown
+
+
+def test_a_setting_that_the_library_refuses(run: Any, trained: dict[str, Any], dataset_folder: Path) -> None:
+    Path("settings.yaml").write_text("nonsense: 1\n")
+    assert "nonsense" in run("train", "--config", "settings.yaml", code=2).stderr.splitlines()[0]
+    assert trained == {}

@@ -31,7 +31,7 @@ sys.stderr.write("LOADED " + " ".join(sys.modules))
 
 @pytest.mark.parametrize(
     "code",
-    ["import ie", "import ie.cli.app", "import ie; dir(ie)", "import ie.errors", "import ie.patch.header"],
+    ["import ie", "import ie.cli.app", "import ie; dir(ie)", "import ie.errors", "import ie.header"],
 )
 def test_imports_load_nothing_heavy(code: str) -> None:
     assert loaded_by(code) == set()

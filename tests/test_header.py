@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ie.errors import PatchError
-from ie.patch.header import MAX_HEADER_BYTES, factor_shapes, read_document, read_header
+from ie.header import MAX_HEADER_BYTES, factor_shapes, read_document, read_header
 
 
 def write(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
