@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from ie.data.dataset import read_lines
 from ie.errors import DataError
 
-__all__ = ["Entry", "Skip", "first_text", "read_entries", "texts"]
+__all__ = ["Entry", "Skip", "first_text", "read_entries", "shown", "texts"]
 
+MAX_SHOWN = 12  # fields in an error
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, but it is no text and no file can hold it
 
 
@@ -71,10 +72,20 @@ def _items(file: Path) -> list[tuple[str, int, Any]]:
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}", hint="expected JSON or JSONL in UTF-8") from error
     if isinstance(content, Mapping):
-        content = [content] if content else []
+        raise DataError(
+            f"{file} holds one object with the fields {shown(content)}, expected a list of records",
+            hint="put records in [ ], or one a line in a .jsonl file",
+        )
     if not isinstance(content, list):
         raise DataError(f"{file} holds a {type(content).__name__}", hint="expected a JSON list of records, or JSONL")
     return [(f"{file}, record {n}", n, item) for n, item in enumerate(content, start=1)]
+
+
+def shown(fields: Collection[str]) -> str:
+    """The names of fields for an error, cut where they would fill the screen."""
+    names = sorted(fields)
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return (", ".join(names[:MAX_SHOWN]) + more) or "(none)"
 
 
 def first_text(value: Any) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ie.data.dataset import parse_record
-from ie.data.entries import Entry, Skip, first_text, read_entries, texts
+from ie.data.entries import Entry, Skip, first_text, read_entries, shown, texts
 from ie.data.opinions import SIDES, TRAITS, read_opinions
 from ie.data.record import Question, Record
 from ie.errors import DataError
@@ -72,10 +72,8 @@ def read_source(path: str | Path, task: str) -> ReadResult:
     fields = frozenset(field for entry in entries for field in entry.content)
     layout = next((layout for layout in LAYOUTS if layout.matches(fields)), None)
     if layout is None:
-        found = sorted(fields)
-        shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
         raise DataError(
-            f"{file}: unknown layout with the fields {shown or '(none)'}",
+            f"{file}: unknown layout with the fields {shown(fields)}",
             hint="known layouts: " + "; ".join(f"{layout.name} ({layout.fields})" for layout in LAYOUTS),
         )
     records = []
