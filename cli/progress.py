@@ -80,6 +80,8 @@ class TrainingProgress:
 def event_line(event: Event) -> str:
     """Write an event as one line: step, figures, time left, text."""
     parts = [event.text] if event.text else []
+    if event.kind == "done" and not parts:
+        parts = [f"{event.step} steps in {clock(event.seconds)}"]
     if event.kind in ("step", "validation"):
         head = f"step {event.step}/{event.n_steps}" if event.n_steps else f"step {event.step}"
         parts = [head if event.kind == "step" else f"{head} validation", *parts]

@@ -237,6 +237,7 @@ def test_doctor(run: Any) -> None:
 
 def test_event_lines() -> None:
     assert event_line(EVENTS[1]) == "step 1/20  loss 1.235  1:15 left"
+    assert event_line(Event("done", "", 1500, 1500, {"reliability": 0.9}, 130.0)) == "1500 steps in 2:10"
     figures = {"edit_loss": 12.3456, "locality_loss": 0.01, "episodes_per_second": 512.34}
     line = event_line(Event("step", "", 1499, 1500, figures, 1.0, 3723))
     assert line == "step 1499/1500  edit 12.346  locality 0.010  512.3 episodes/s  1:02:03 left"
