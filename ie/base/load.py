@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ie.base.fingerprint import checkpoint_files, fingerprint_checkpoint
@@ -133,7 +134,7 @@ def load_base(
             hint="The folder needs config.json, safetensors weights and a tokenizer.",
         ) from error
     model.requires_grad_(False)  # a quantised load leaves norms, embeddings and head trainable
-    model.eval()
+    model.train(False)
     targets = find_targets(model, n_blocks)
     _, blocks = find_blocks(model)
     return Base(
@@ -147,27 +148,26 @@ def load_base(
     )
 
 
-def _load_model(folder: Path, plan: Plan) -> Any:
+def _load_model(folder: Path, plan: Plan) -> PreTrainedModel:
     _quiet()
-    options: dict[str, Any] = {"dtype": plan.dtype}
+    options: dict[str, Any] = {"dtype": plan.dtype, "device_map": {"": plan.device}}
     if plan.quant == "8bit":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     elif plan.quant == "4bit":
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=plan.dtype
         )
-    if plan.quant != "none":
-        options["device_map"] = {"": plan.device}
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights in place for a CPU kernel that has no gradient.
-            module.support_avx512bf16_for_cpu = False
-    return model if plan.quant != "none" else model.to(plan.device)
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not in torch's types)
+    return model
 
 
 def _quiet() -> None:
-    """Loading is reported by our own progress, not by transformers' bars and advice."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """Loading is reported by our own progress, not by other libraries' bars and advice."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from ie.base.capture import Signals, answer_nll, recording
 from ie.base.prefix import PrefixStore
 from ie.base.suffix import Decoder, run_suffix
 from ie.base.targets import EditTarget
-from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 from ie.base.update import Update, adding
+from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 
 __all__ = ["Base"]
 
@@ -55,7 +54,7 @@ class Base:
     @property
     def max_length(self) -> int:
         """The longest text in tokens."""
-        return min(getattr(self.model.config, "max_position_embeddings", _MAX_TEXT_TOKENS), _MAX_TEXT_TOKENS)  # type: ignore[arg-type]
+        return min(getattr(self.model.config, "max_position_embeddings", _MAX_TEXT_TOKENS), _MAX_TEXT_TOKENS)
 
     @cached_property
     def encode(self) -> TextEncoder:
@@ -105,11 +104,17 @@ class Base:
 
     @torch.no_grad()
     def generate(
-        self, texts: Sequence[Text], n_tokens: int, update: Update | None = None, rows: Tensor | None = None
+        self,
+        texts: Sequence[Text],
+        n_tokens: int,
+        update: Update | None = None,
+        rows: Tensor | None = None,
+        *,
+        through_end: bool = False,
     ) -> list[list[int]]:
         """Greedy continuations of each text's prompt, up to an end-of-text token (left out) or `n_tokens`.
 
-        Prompts are padded on the left, as decoding needs it.
+        Prompts are padded on the left, as decoding needs it. `through_end` bars end-of-text tokens.
         """
         prompts = [text.ids[: text.n_prompt] for text in texts]
         width = max(map(len, prompts))
@@ -120,6 +125,7 @@ class Base:
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=n_tokens,
+                min_new_tokens=n_tokens if through_end else None,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=self.pad_id,
@@ -130,11 +136,9 @@ class Base:
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a text."""
         ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)  # type: ignore[list-item,arg-type]
+        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)  # type: ignore[arg-type]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
         return ids[:end]
 
-
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of a cast on every call

@@ -86,9 +86,7 @@ def run_suffix(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
         hidden: (n, t, d_model), what `run_prefix` returned for these texts.
     """
     with _skipping(decoder), _entering(decoder.blocks[decoder.first], hidden), _predicting(decoder, batch.predicts):
-        logits: Tensor = decoder.model(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-        ).logits
+        logits: Tensor = decoder.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
     return logits[0]
 
 

@@ -1,0 +1,1 @@
+"""Data: records, published layouts, instruction templates, dataset building, tokenised batches."""

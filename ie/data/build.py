@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from ie.data.record import SPLITS, Instructions, Record, Split
 from ie.data.splits import normal_subject, quotas, rank, split_of
 from ie.data.templates import Template, fingerprint, load_templates
 from ie.errors import DataError, InputError
+from ie.files import new_folder
 
 __all__ = ["Source", "build"]
 
@@ -111,7 +108,7 @@ def build(
     _check_left(described, placed, skipped)
     finished = {split: [_instructed(record, loaded, split) for record in placed[split]] for split in SPLITS}
     info = _describe(finished, skipped, loaded, described)
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         info["fingerprint"] = _write_records(folder, finished)
         info.update(seed=seed, limit=limit)
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -295,30 +292,3 @@ def _line(record: Record) -> dict[str, Any]:
     content = record.model_dump(mode="json")
     content["instruction"] = {group: texts for group, texts in content["instruction"].items() if texts}
     return content
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A sibling folder to fill, which takes the place of `out` when all went well and else leaves no trace.
-
-    An old folder is moved aside first and deleted last, and comes back if the new one cannot take its place.
-    """
-    place = out.resolve()
-    mark = uuid.uuid4().hex[:8]
-    fresh, old = place.with_name(f".{place.name}.{mark}.new"), place.with_name(f".{place.name}.{mark}.old")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh
-        if place.exists():
-            os.replace(place, old)
-        os.replace(fresh, place)
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written: {error.strerror or error}", hint="choose a writable folder with --out"
-        ) from error
-    finally:
-        if old.exists() and not place.exists():
-            os.replace(old, place)
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -7,10 +7,9 @@ space between them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from typing_extensions import Annotated
 
 __all__ = ["SPLITS", "Question", "Record", "Split"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ie.base.capture import Signals
 from ie.base.targets import EditTarget
+from ie.base.update import Factors
 from ie.editor.network import Hypernetwork
 from ie.editor.normaliser import Normaliser
-from ie.base.update import Factors
 
 __all__ = ["Editor", "EditorSettings", "Method"]
 
@@ -75,7 +75,7 @@ class Editor(nn.Module):
 
     def rate(self, target: EditTarget) -> Tensor:
         """The learned rate of one edit target, () float32, positive."""
-        return self.log_rates[_key(target.name)].exp()
+        return torch.exp(self.log_rates[_key(target.name)])
 
     @torch.no_grad()
     def observe(self, signals: Signals) -> None:
@@ -90,7 +90,7 @@ class Editor(nn.Module):
         for normaliser in (*self.u_normalisers.values(), *self.delta_normalisers.values()):
             normaliser.fit()  # type: ignore[operator]
 
-    def forward(self, signals: Signals) -> dict[str, Factors]:
+    def update(self, signals: Signals) -> dict[str, Factors]:
         """The updates of a batch of edits.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ie.base.model import Base
@@ -31,6 +32,6 @@ class EditRequest:
         return cls(record.prompt, record.target, instruction)
 
 
-def collate_requests(base: Base, requests: list[EditRequest]) -> TokenBatch:
+def collate_requests(base: Base, requests: Sequence[EditRequest]) -> TokenBatch:
     """Tokenise requests into one batch, a row each."""
     return base.collate([base.encode(r.prompt, r.target, r.instruction) for r in requests])

@@ -1,0 +1,5 @@
+"""Evaluation: metrics, protocol, report."""
+
+from ie.evaluation.report import evaluate
+
+__all__ = ["evaluate"]

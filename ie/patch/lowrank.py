@@ -23,7 +23,8 @@ def select(update: Update, index: int) -> dict[str, Factors]:
 
 def stack(updates: Sequence[Update]) -> dict[str, Factors]:
     """The sum of single edits, as a batch of one: factors are put on top of each other, so order makes no difference
-    beyond rounding."""
+    beyond rounding.
+    """
     names = {name: None for update in updates for name in update}
     return {
         name: (

@@ -11,9 +11,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ie.base.asking import Ask
 from ie.data.record import Record
 from ie.editor.request import EditRequest
-from ie.evaluation.asking import Ask
 
 __all__ = ["Episodes", "draw_records", "make_episodes"]
 

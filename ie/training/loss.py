@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ie.base.asking import Ask
 from ie.base.capture import answer_nll, row_mean
 from ie.base.model import Base
 from ie.base.update import Update
 from ie.editor.editor import Editor
 from ie.editor.request import collate_requests
-from ie.evaluation.asking import Ask
 from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "episode_loss"]
@@ -39,7 +39,7 @@ class Loss:
 
 def episode_loss(base: Base, editor: Editor, episodes: Episodes) -> Loss:
     """Edit, ask every query under its edit, and compare."""
-    update = editor(base.signals(collate_requests(base, episodes.requests)))
+    update = editor.update(base.signals(collate_requests(base, episodes.requests)))
     zero = torch.zeros((), device=base.device)
     edit, locality = zero, zero
     for asks in _by_length(episodes.wanted):
@@ -50,7 +50,7 @@ def episode_loss(base: Base, editor: Editor, episodes: Episodes) -> Loss:
 
 
 def _by_length(asks: Sequence[Ask]) -> list[list[Ask]]:
-    """Plain and instructed queries apart: the latter are several times longer, padding would cost more than it saves."""
+    """Plain and instructed queries apart: the latter are several times longer, and padding is not free."""
     groups = ([ask for ask in asks if ask.instruction is None], [ask for ask in asks if ask.instruction is not None])
     return [group for group in groups if group]
 

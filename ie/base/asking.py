@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ie.base.model import Base
 from ie.base.update import Update
 from ie.data.tokens import Text
 
-__all__ = ["Ask", "answers", "log_likelihoods", "matches", "normalise", "predictions"]
+__all__ = ["Ask", "answers", "continuations", "log_likelihoods", "matches", "normalise", "predictions"]
 
 _BATCH_TOKENS = 4096
 _EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
@@ -49,8 +50,9 @@ def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -
         batch = base.collate(texts)
         with torch.no_grad():
             best = base.logits(batch, update, _rows(asks, indices, update, base)).argmax(-1)
-        for row, tokens in enumerate(best.split(torch.bincount(batch.rows, minlength=len(texts)).tolist())):
-            out[indices[row]] = tuple(tokens.tolist())
+        tokens = iter(best.tolist())
+        for index, text in zip(indices, texts, strict=True):
+            out[index] = tuple(islice(tokens, len(text.ids) - text.n_prompt))
     return out
 
 
@@ -82,6 +84,16 @@ def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> li
             shown = base.tokenizer.decode(ids[:limit]).strip()
             ended = len(ids) < limit or "\n" in shown
             out[index] = shown.split("\n")[0].strip() if ended else _cut(shown, asks[index].answer)
+    return out
+
+
+def continuations(base: Base, asks: Sequence[Ask], n_tokens: int, update: Update | None = None) -> list[list[int]]:
+    """For each question exactly `n_tokens` greedy tokens, ends of text passed over."""
+    out: list[list[int]] = [[]] * len(asks)
+    for indices, texts in _batches(base, asks):
+        written = base.generate(texts, n_tokens, update, _rows(asks, indices, update, base), through_end=True)
+        for index, ids in zip(indices, written, strict=True):
+            out[index] = ids
     return out
 
 
