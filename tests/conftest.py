@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from ie.base import Base
 
 # Nothing in the suite may wait for a network: set before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,3 +28,31 @@ def published_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"IE_DATA={name} is no folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny checkpoints by architecture and seed, each written once; the Llama-like ones begin every text by a token."""
+    from tests.models import save_model  # here: torch takes seconds, and most tests need none
+
+    @cache
+    def folder(name: str, seed: int = 0) -> Path:
+        return save_model(tmp_path_factory.mktemp(name), name, seed=seed, bos=name.startswith("llama"))
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load(checkpoint: Callable[..., Path]) -> Callable[..., Base]:
+    """Tiny bases by architecture, quantisation and dtype, each loaded once; no test may change one."""
+    import torch
+
+    from ie.base import load_base
+
+    torch.set_num_threads(2)
+
+    @cache
+    def base(name: str, quant: str = "none", dtype: str = "float32") -> Base:
+        return load_base(str(checkpoint(name)), quant=quant, dtype=dtype, device="cpu")
+
+    return base

@@ -1,0 +1,96 @@
+"""Slow references: dense weights, changed and differentiated by plain transformers and autograd."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ie.base import Base
+from ie.base.suffix import Decoder
+from ie.base.targets import find_blocks
+from ie.base.update import Factors, Update
+
+__all__ = ["dense_gradients", "dequantised", "edited", "random_update", "state_hash"]
+
+
+def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:
+    """For each (prompt, answer, instruction) the gradient of its mean answer loss at every edit target's weight,
+    as (d_out, d_in), from a full run of a trainable copy, one text at a time.
+    """
+    model = copy.deepcopy(base.model).requires_grad_(True)
+    out = []
+    for prompt, answer, instruction in asks:
+        text = base.encode(prompt, answer, instruction)
+        ids = torch.tensor([text.ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, text.n_prompt - 1 : -1]
+        loss = nn.functional.cross_entropy(logits, ids[0, text.n_prompt :])
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        modules = {target.name: model.get_submodule(target.name) for target in base.targets}
+        out.append({name: _out_in(module, module.weight.grad.clone()) for name, module in modules.items()})  # type: ignore[operator, union-attr, arg-type]
+    return out
+
+
+def _out_in(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def edited(base: Base, update: Mapping[str, Factors], index: int = 0) -> nn.Module:
+    """A copy of an unquantised base model with one edit of a batch added to its dense weights."""
+    model = copy.deepcopy(base.model)
+    for name, (a, b) in update.items():
+        module = model.get_submodule(name)
+        change = torch.einsum("ri,ro->oi", a[index], b[index])
+        module.weight.data += change.T if isinstance(module, Conv1D) else change  # type: ignore[operator]
+    return model
+
+
+def dequantised(exact: Base, quantised: Base) -> Base:
+    """The unquantised base with the weights that a quantised load of it stands for."""
+    model = copy.deepcopy(exact.model)
+    for name, module in quantised.model.named_modules():
+        weight = _dequantised_weight(module)
+        if weight is not None:
+            place = model.get_submodule(name)
+            place.weight.data = (weight.T if isinstance(place, Conv1D) else weight).contiguous()  # type: ignore[union-attr]
+    decoder = Decoder.split(model, find_blocks(model)[1], exact.decoder.first, exact.device)
+    return replace(exact, model=model, decoder=decoder)
+
+
+def _dequantised_weight(module: nn.Module) -> Tensor | None:
+    """(d_out, d_in) float32, or None if the module is not quantised."""
+    kind = type(module).__name__
+    if kind == "Linear8bitLt":  # a scale for each output, 127 steps
+        return module.state.CB.float() * module.state.SCB[:, None] / 127  # type: ignore[union-attr, operator, no-any-return]
+    if kind == "Linear4bit":
+        weight: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[union-attr]
+        return weight.float()
+    return None
+
+
+def random_update(base: Base, n: int = 1, rank: int = 3, seed: int = 0, size: float = 0.1) -> Update:
+    """A random update of every edit target, large enough to change the logits clearly."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        t.name: (
+            torch.randn(n, rank, t.d_in, generator=generator) / t.d_in**0.5,
+            torch.randn(n, rank, t.d_out, generator=generator) * size,
+        )
+        for t in base.targets
+    }
+
+
+def state_hash(model: nn.Module) -> str:
+    """A hash of every bit of a model's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(name.encode() + value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
