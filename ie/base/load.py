@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -127,7 +128,7 @@ def load_base(
             raise ModelError(f"{name} is an encoder-decoder model, expected a causal LM")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = _load_model(folder, plan)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{name} is no causal LM that transformers can load: {reason}",
