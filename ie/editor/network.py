@@ -54,4 +54,5 @@ class _Layer(nn.Module):
 
     def forward(self, signal: Tensor, module: Tensor) -> Tensor:
         change = torch.addmm(self.bias, signal @ self.down, self.up)
-        return signal + torch.relu(torch.addcmul(self.shift[module], self.scale[module], change))
+        # Not relu: its gradient at 0, where every layer starts, is 0, and nothing would ever train. clamp's is 1.
+        return signal + torch.addcmul(self.shift[module], self.scale[module], change).clamp(min=0)
