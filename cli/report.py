@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BEFORE", "CONTROLS", "Line", "by_task", "cell", "labels", "to_markdown"]
+__all__ = ["BEFORE", "CONTROLS", "Line", "by_task", "cell", "labels", "named", "to_markdown"]
 
 BEFORE = "none"
 METHODS = (BEFORE, "instructedit", "mend", "finetune", "gradient")
@@ -27,6 +27,13 @@ class Line:
     decoding: str
     n: int
     cells: dict[str, Row] = field(default_factory=dict)
+
+
+def named(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the editor's folder in the method's name where one method stands for several editors."""
+    editors = {(row["method"], row.get("editor")) for row in rows}
+    shared = {method for method, _ in editors if len([one for one in editors if one[0] == method]) > 1}
+    return [{**row, "method": f"{row['method']} {row['editor']}"} if row["method"] in shared else row for row in rows]
 
 
 def by_task(rows: Iterable[Row], column: str) -> dict[str, list[Line]]:
@@ -78,7 +85,7 @@ def cell(row: Row | None, *, stacked: bool = False) -> str:
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the report as Markdown: a table for each task, controls after them."""
-    plain_rows = [row for row in result["rows"] if not row.get("control")]
+    plain_rows = named([row for row in result["rows"] if not row.get("control")])
     control_rows = [row for row in result["rows"] if row.get("control")]
     parts = ["# Evaluation", f"Base: `{result['base']}`. Hold-out: {result.get('holdout') or 'none'}.", LEGEND]
     parts += _sections(plain_rows, "method", result.get("holdout"), "")

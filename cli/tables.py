@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .report import LEGEND, Line, by_task, cell, labels
+from .report import LEGEND, Line, by_task, cell, labels, named
 
 __all__ = [
     "apply_view",
@@ -182,7 +182,7 @@ def apply_view(result: Json) -> View:
 
 def eval_view(result: Json) -> View:
     """A table for each task, methods side by side, and one for the controls where there are any."""
-    rows = [row for row in result["rows"] if not row.get("control")]
+    rows = named([row for row in result["rows"] if not row.get("control")])
     controls = [row for row in result["rows"] if row.get("control")]
     parts: View = []
     for found, column, suffix in ((rows, "method", ""), (controls, "control", ": which instruction")):

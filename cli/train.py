@@ -91,7 +91,6 @@ def train(
         bool, typer.Option("--balance/--no-balance", help="Draw tasks evenly, or by their size.")
     ] = True,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="F.yaml", is_eager=True, callback=_read_config, help="Flags from a file."),
@@ -104,10 +103,7 @@ def train(
     """Train one editor for all tasks of a dataset."""
     with reporting(json=json, quiet=quiet, debug=debug) as render:
         check_model(model)
-        if resume and not out.is_dir():
-            raise InputError(f"--resume: there is no editor at {out}", hint="leave --resume out for the first run")
-        if not resume:
-            check_new(out, force=force)
+        check_new(out, force=force)
         more = dict(context.obj or {})
         if more:  # settings that only --config can name: check them before anything is built
             _settings(more, f"--config {config}: ")
@@ -116,7 +112,7 @@ def train(
             "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
             "holdout": left_out, "method": method, "quant": quant, "dtype": dtype, "device": device,
             "steps": steps, "minutes": minutes, "batch_size": batch_size, "balance": balance,
-            "seed": seed, "resume": resume or None, "force": force, **more,
+            "seed": seed, "force": force, **more,
         }  # fmt: skip
         _run(render, {key: value for key, value in values.items() if value is not None})
 

@@ -40,8 +40,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
+        elif os.path.lexists(old):
+            old.unlink()
 
 
 @contextmanager
@@ -60,7 +60,8 @@ def new_file(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(out, error) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        if fresh.exists():
+            fresh.unlink()
 
 
 def _sibling(place: Path, kind: str) -> Path:

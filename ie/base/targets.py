@@ -52,8 +52,8 @@ def module_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """True if the module stores its weight as (d_in, d_out), as GPT-2's Conv1D does."""
-    return isinstance(module, Conv1D)
+    """True if the checkpoint stores the module's weight as (d_in, d_out), as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D  # quantised: what it was
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

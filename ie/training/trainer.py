@@ -96,7 +96,7 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
         interrupted = True
     result = run.finish(tasks, dataset.fingerprint)
     if interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"the best editor so far is in {settings.out}")
     return result
 
 

@@ -85,7 +85,7 @@ def test_train_passes_the_flags_on(run: Any, trained: dict[str, Any], dataset_fo
     assert trained["steps"] == 20
     assert (trained["quant"], trained["balance"], trained["batch_size"]) == ("8bit", False, 4)
     assert (trained["holdout"], trained["data"], trained["out"]) == (("zsre",), Path("ie-data"), Path("ie-editor"))
-    assert not {"tasks", "minutes", "resume"} & set(trained)  # left to the library's defaults
+    assert not {"tasks", "minutes"} & set(trained)  # left to the library's defaults
     assert result.stderr == "building episodes\nstep 10/20 validation  best so far  reliability 0.500\nstopped early\n"
 
 

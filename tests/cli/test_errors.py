@@ -21,7 +21,6 @@ from ie.errors import BaseMismatchError, DataError, EditFailedError, IEError
         (["train", "--quant", "3bit"], "3bit"),
         (["train", "--model", "./nowhere"], "./nowhere"),
         (["train", "--data", "nowhere"], "no dataset at nowhere"),
-        (["train", "--resume"], "no editor at ie-editor"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["edit", "--prompt", "a", "--target", "b", "--instruction", "c"], "no editor at ie-editor"),
         (["apply-patch"], "PATCH"),

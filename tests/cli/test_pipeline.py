@@ -1,0 +1,116 @@
+"""The commands one after the other, for real: on the bundled base, and quantised on a tiny GPT-2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ie.cli.app import app
+from typer.testing import CliRunner
+
+from ie.base.toy import TOY_PATH
+from ie.data.dataset import Dataset
+
+QUICK = "validate_every: 4\nn_validation: 8\nn_fit: 16\nbatch_size: 4\nrank: 16\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small dataset and an editor trained for a few steps on the bundled base."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "quick.yaml").write_text(QUICK + "rate: 1e-3\n")
+    ie("build", "--out", folder / "data", "--limit", 40)
+    ie("train", "--data", folder / "data", "--out", folder / "editor", "--steps", 8, "--config", folder / "quick.yaml")
+    return folder
+
+
+def ie(*args: object, code: int = 0) -> Any:
+    """Run `ie` and return its JSON; other exit codes than the one expected fail the test."""
+    result = CliRunner().invoke(app, [*map(str, args), "--json"], prog_name="ie")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout) if result.stdout else result.stderr
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir() if file.is_file()}
+
+
+def edit_args(place: Path) -> list[object]:
+    record = Dataset.load(place / "data").records("test", ["people"])[0]
+    request = ("--instruction", record.instruction.heldout[0], "--prompt", record.prompt, "--target", record.target)
+    return ["edit", *request, "--editor", place / "editor"]
+
+
+def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
+    base_before = contents(TOY_PATH)
+    patch = tmp_path / "patch.safetensors"
+    made = ie(*edit_args(place), "--probe", "The capital of France is", "--out", patch)
+    assert made["took"] and made["after"] == made["target"] != made["before"]
+    assert made["target_probability"]["after"] > made["target_probability"]["before"]
+    assert made["bytes"] == patch.stat().st_size and made["rank"] >= 1 and len(made["probes"]) == 1
+
+    applied = ie("apply-patch", patch, "--prompt", made["prompt"], "--merge", tmp_path / "m", "--peft", tmp_path / "p")
+    assert applied["took"] and applied["previews"][1]["after"] == made["target"]
+    assert applied["merged"]["took"] and applied["merged"]["answers"] == [made["target"]]
+    assert ie("inspect", patch)["kind"] == "patch"
+
+    report = ie("eval", "--data", place / "data", "--editor", place / "editor", "--limit", 2, "--holdout", "zsre")
+    keys = {"task", "method", "query", "decoding", "metric", "value", "low", "high", "n"}
+    assert all(keys <= row.keys() for row in report["rows"])
+    assert {row["task"] for row in report["rows"]} == {"general", "people", "places", "convsent", "zsre"}
+    assert {row["method"] for row in report["rows"]} == {"none", "instructedit"}
+    assert contents(TOY_PATH) == base_before
+
+
+def test_many_edits_from_a_file(place: Path, tmp_path: Path) -> None:
+    records = Dataset.load(place / "data").records("test", ["people", "places"])[:3]
+    lines = [
+        {"instruction": record.instruction.heldout[0], "prompt": record.prompt, "target": record.target}
+        for record in records
+    ]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = ["edit", "--from", tmp_path / "edits.jsonl", "--editor", place / "editor", "--out", tmp_path / "patches"]
+    result = CliRunner().invoke(app, [*map(str, args), "--json"], prog_name="ie")
+    assert result.exit_code in (0, 3)  # 3: an edit of an editor trained for seconds need not take
+    edits = json.loads(result.stdout)["edits"]
+    assert [edit["prompt"] for edit in edits] == [line["prompt"] for line in lines]
+    assert all(Path(edit["patch"]).is_file() for edit in edits)
+
+
+def test_another_base_is_refused(place: Path, tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    other = checkpoint("llama")
+    said = ie(*edit_args(place), "--model", other, "--out", tmp_path / "x.safetensors", code=4)
+    assert "was trained for toy" in said and not (tmp_path / "x.safetensors").exists()
+    ie(*edit_args(place), "--out", tmp_path / "good.safetensors")
+    said = ie("apply-patch", tmp_path / "good.safetensors", "--model", other, "--merge", tmp_path / "merged", code=4)
+    assert "was made for toy" in said and not (tmp_path / "merged").exists()
+
+
+def test_eval_refuses_a_holdout_that_was_trained_on(place: Path) -> None:
+    said = ie("eval", "--data", place / "data", "--editor", place / "editor", "--holdout", "people", code=2)
+    assert "was trained on it" in said
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+@pytest.mark.parametrize("model", ["toy", "gpt2"])
+def test_quantised_bases_train_and_edit(
+    model: str, quant: str, place: Path, tmp_path: Path, checkpoint: Callable[..., Path]
+) -> None:
+    name = model if model == "toy" else checkpoint(model)
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    args = ["--data", place / "data", "--out", tmp_path / "editor", "--config", tmp_path / "quick.yaml"]
+    trained = ie("train", "--model", name, "--quant", quant, "--steps", 4, *args)
+    assert trained["episodes"] == 16
+    assert json.loads((tmp_path / "editor" / "editor.json").read_text())["base"]["quant"] == quant
+    request = ["--instruction", "Change the answer.", "--prompt", "The capital of France is", "--target", "Lima"]
+    out = ["--editor", tmp_path / "editor", "--quant", quant, "--out", tmp_path / "p.safetensors"]
+    result = CliRunner().invoke(app, [*map(str, ["edit", *request, *out]), "--json"], prog_name="ie")
+    assert result.exit_code in (0, 3), result.output  # 3: a random GPT-2 need not take an edit
+    made = json.loads(result.stdout)
+    assert made["target_probability"]["after"] > made["target_probability"]["before"]
+    assert (tmp_path / "p.safetensors").is_file()
