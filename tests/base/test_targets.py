@@ -63,6 +63,8 @@ def test_quantised_modules_have_the_same_names_and_sizes(load: Callable[..., Bas
     assert found(base) == expected(name)
     kinds = {type(base.model.get_submodule(target.name)).__name__ for target in base.targets}
     assert kinds == {"Linear8bitLt" if quant == "8bit" else "Linear4bit"}
+    stored = {is_transposed(base.model.get_submodule(target.name)) for target in base.targets}
+    assert stored == {name == "gpt2"}  # in the checkpoint, whatever the quantised module does
 
 
 def test_how_many_blocks_is_a_choice_that_ends_at_all_of_them(checkpoint: Callable[..., Path]) -> None:
