@@ -1,0 +1,108 @@
+"""Algebra of low-rank updates against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ie.patch.lowrank import compress, select, stack
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_spectrum(values: list[float], rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of `rank` rows whose product has the given singular values."""
+    q_a = torch.linalg.qr(draw(20, len(values), seed=1).double())[0]
+    q_b = torch.linalg.qr(draw(12, len(values), seed=2).double())[0]
+    mix = draw(rank, len(values), seed=3).double()  # more rows than values: A = M S Vᵀ, B = pinv(M)ᵀ Uᵀ
+    a = mix @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q_a.T
+    b = torch.linalg.pinv(mix).T @ q_b.T
+    return a.float(), b.float()
+
+
+@pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.9, 2), (0.98, 2), (0.99, 3), (0.9999, 4), (1.0, 5)])
+def test_compress_keeps_the_energy_with_the_smallest_rank(energy: float, rank: int) -> None:
+    values = [4.0, 2.0, 0.5, 0.1, 0.01]  # squares: 16, 4, 0.25, 0.01, 0.0001; cumulated shares .790 .987 .9995 .99999
+    a, b = with_spectrum(values, rank=8)
+    low_a, low_b = compress(a, b, energy)
+    if energy == 1.0:  # rounding of the factors to float32 leaves a little of the other ranks
+        assert len(low_a) >= rank
+    else:
+        assert len(low_a) == rank
+    change = b.T.double() @ a.double()
+    lost = (change - low_b.T.double() @ low_a.double()).square().sum() / change.square().sum()
+    assert lost <= 1 - energy + 1e-6  # float32 factors
+
+
+def test_by_default_it_keeps_999_of_1000() -> None:
+    a, b = draw(10, 30), draw(10, 25, seed=1)
+    low_a, low_b = compress(a, b)
+    change = b.T @ a
+    lost = (change - low_b.T @ low_a).square().sum() / change.square().sum()
+    assert lost <= 1e-3 + 1e-6  # float32
+    fewer = compress(a, b, max_rank=len(low_a) - 1)
+    assert (change - fewer[1].T @ fewer[0]).square().sum() / change.square().sum() > 1e-3 or len(low_a) == 10
+
+
+def test_it_is_exact_when_nothing_can_be_left_out() -> None:
+    a, b = draw(6, 20), draw(6, 12, seed=1)
+    low_a, low_b = compress(a, b, energy=1.0)
+    assert low_a.shape == (6, 20) and low_b.shape == (6, 12)
+    torch.testing.assert_close(low_b.T @ low_a, b.T @ a, atol=1e-5, rtol=1e-5)  # float32 factors
+
+
+def test_more_rows_than_features() -> None:
+    """An edit of many tokens on a narrow module."""
+    a, b = draw(50, 8), draw(50, 6, seed=1)
+    low_a, low_b = compress(a, b, energy=1.0)
+    assert len(low_a) <= 6
+    torch.testing.assert_close(low_b.T @ low_a, b.T @ a, atol=1e-4, rtol=1e-5)  # float32 sums of 50 terms
+
+
+def test_repeated_rows_take_no_rank() -> None:
+    a, b = draw(1, 20).repeat(5, 1), draw(1, 12).repeat(5, 1)
+    assert len(compress(a, b)[0]) == 1
+
+
+def test_max_rank_bounds_it() -> None:
+    a, b = draw(6, 20), draw(6, 12, seed=1)
+    low_a, low_b = compress(a, b, max_rank=2)
+    assert (low_a.shape, low_b.shape) == ((2, 20), (2, 12))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_a_zero_update_has_rank_zero(rank: int) -> None:
+    low_a, low_b = compress(draw(rank, 20), torch.zeros(rank, 12))
+    assert (low_a.shape, low_b.shape) == ((0, 20), (0, 12))
+    assert low_a.dtype == low_b.dtype == torch.float32
+
+
+def test_tiny_and_huge_updates_keep_their_size() -> None:
+    for size in (1e-15, 1e15):
+        a, b = draw(3, 20) * size, draw(3, 12, seed=1) * size
+        low_a, low_b = compress(a, b)
+        change = b.T.double() @ a.double()
+        assert ((low_b.T.double() @ low_a.double() - change).norm() / change.norm()) < 0.04  # sqrt(1e-3) of the norm
+
+
+def test_select_takes_one_edit_without_its_zero_rows() -> None:
+    a, b = draw(2, 3, 5), draw(2, 3, 4, seed=1)
+    a[1, 2], b[1, 2] = 0, 0
+    chosen = select({"m": (a, b)}, 1)["m"]
+    assert torch.equal(chosen[0], a[1:, :2]) and torch.equal(chosen[1], b[1:, :2])
+    assert select({"m": (a, torch.zeros_like(b))}, 0)["m"][0].shape == (1, 0, 5)
+
+
+def test_stack_is_the_sum_and_fills_gaps() -> None:
+    one = {"m": (draw(1, 2, 5), draw(1, 2, 4))}
+    two = {"m": (draw(1, 3, 5, seed=1), draw(1, 3, 4, seed=1)), "n": (draw(1, 1, 7), draw(1, 1, 6))}
+    both = stack([one, two])
+    assert set(both) == {"m", "n"}
+    dense = both["m"][1][0].T @ both["m"][0][0]
+    expected = sum(u["m"][1][0].T @ u["m"][0][0] for u in (one, two))
+    torch.testing.assert_close(dense, expected, atol=1e-6, rtol=1e-6)  # the order of a float32 sum of five
+    assert all(torch.equal(x, y) for x, y in zip(both["n"], two["n"], strict=True))
+    assert stack([]) == {}

@@ -1,0 +1,277 @@
+"""The patch file: equal after a round trip, refused when hostile; applied, a dense change that leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ie.base import Base
+from ie.base.asking import Ask, answers
+from ie.errors import BaseMismatchError, InputError, PatchError
+from ie.patch import Patch, PatchInfo, applied
+from ie.patch.patch import PatchBase, check_base, combined
+from tests.dense import edited, random_update, state_hash
+from tests.models import ARCHITECTURES
+
+PROMPTS = ("The lighthouse of Orm was built by", "Varn:")
+
+
+def make(base: Base, seed: int = 0, rank: int = 3, scale: float = 1.0, size: float = 0.1) -> Patch:
+    info = PatchInfo(
+        base=PatchBase(id=base.id, fingerprint=base.fingerprint),
+        editor="0123456789abcdef",
+        instruction="Task: people\nDescription: “Wer” arbeitet wo? 東京",
+        prompt="The lighthouse of Orm was built by",
+        target="Edda Falk",
+        before="Ann Ot",
+        after="Edda Falk",
+        took=True,
+        scale=scale,
+        created="2030-01-02T03:04:05+00:00",
+        versions={"ie": "0"},
+    )
+    update = random_update(base, seed=seed, rank=rank, size=size)
+    return Patch(info, {name: (a[0], b[0]) for name, (a, b) in update.items()})
+
+
+def logits_of(base: Base) -> Tensor:
+    batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
+    with torch.no_grad():
+        logits: Tensor = base.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+    return logits
+
+
+class TestFile:
+    @pytest.mark.parametrize("name", ["gpt2", "llama"])
+    def test_save_then_load_is_equal(self, load: Callable[..., Base], tmp_path: Path, name: str) -> None:
+        patch = make(load(name), scale=0.5)
+        path = tmp_path / "some" / "patch.safetensors"
+        assert patch.save(path) == path.stat().st_size
+        found = Patch.load(path)
+        assert found.info == patch.info
+        assert found.factors.keys() == patch.factors.keys()
+        for key, pair in patch.factors.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, found.factors[key], strict=True))
+        assert found.rank == 3
+        assert [path.name for path in path.parent.iterdir()] == ["patch.safetensors"]
+
+    def test_what_the_file_holds(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        make(load("gpt2")).save(tmp_path / "p")
+        with safe_open(tmp_path / "p", framework="pt") as file:
+            assert sorted(file.keys())[:2] == ["transformer.h.1.mlp.c_fc.A", "transformer.h.1.mlp.c_fc.B"]
+            assert len(file.keys()) == 12
+            assert file.get_slice("transformer.h.1.mlp.c_fc.A").get_shape() == [3, 64]
+            assert file.get_slice("transformer.h.1.mlp.c_fc.B").get_shape() == [3, 96]
+            metadata = file.metadata()
+        assert set(metadata) == {"ie"}
+        assert set(json.loads(metadata["ie"])) == {
+            *("format_version", "base", "editor", "instruction", "prompt", "target", "before", "after"),
+            *("took", "scale", "created", "versions"),
+        }
+
+    def test_saving_twice_gives_the_same_bytes(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            make(load("gpt2")).save(tmp_path / name)
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+    def test_metadata_is_read_without_torch(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        make(load("gpt2")).save(tmp_path / "p")
+        code = (
+            "import sys; from ie.header import factor_shapes, read_document;"
+            "document, tensors = read_document(sys.argv[1]); shapes = factor_shapes(sys.argv[1], tensors);"
+            "assert shapes['transformer.h.1.mlp.c_fc'] == (3, 64, 96), shapes;"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(document['target'])"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "p"], capture_output=True, text=True, check=True)
+        assert done.stdout == "Edda Falk\n"
+
+    def test_a_failed_write_leaves_the_old_file(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        path = tmp_path / "patch.safetensors"
+        path.write_bytes(b"old")
+        patch = make(load("gpt2"))
+        broken = Patch(patch.info, {**patch.factors, "z": (torch.eye(3).to_sparse(), torch.eye(3))})
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+            broken.save(path)  # the library refuses sparse tensors
+        assert path.read_bytes() == b"old"
+        assert [one.name for one in tmp_path.iterdir()] == ["patch.safetensors"]
+
+    def test_an_unwritable_place_is_an_input_error(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "folder" / "inner").mkdir(parents=True)
+        for path in (tmp_path / "file" / "p", tmp_path / "folder"):
+            with pytest.raises(InputError, match="cannot be written"):
+                make(load("gpt2")).save(path)
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
+    """Save the file again with its tensors or its document changed."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["ie"])
+    change(tensors, document)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"ie": json.dumps(document)})
+
+
+C_FC = "transformer.h.1.mlp.c_fc"
+
+
+def poison(value: float) -> Callable[[Path], None]:
+    return lambda path: rewritten(path, lambda tensors, _: tensors[f"{C_FC}.B"][0].fill_(value))
+
+
+def grow_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda p: p.unlink(), "cannot read"),
+    "empty": (lambda p: p.write_bytes(b""), "0 bytes"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "cannot read"),
+    "text": (lambda p: p.write_text("I am no patch, but I am long enough."), "cannot be read"),
+    "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:100]), "truncated"),
+    "truncated tensors": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "truncated"),
+    "more than it says": (lambda p: p.write_bytes(p.read_bytes() + b"more"), "belong to no tensor"),
+    "a huge header": (grow_header, "at most"),
+    "another safetensors file": (lambda p: save_file({"x": torch.eye(2)}, p), "is no patch"),
+    "another document": (lambda p: save_file({"x": torch.eye(2)}, p, {"ie": "[]"}), "not a JSON object"),
+    "broken document": (lambda p: save_file({"x": torch.eye(2)}, p, {"ie": "{"}), "not valid JSON"),
+    "missing B": (lambda p: rewritten(p, lambda t, _: t.pop(f"{C_FC}.B")), "pair"),
+    "missing A": (lambda p: rewritten(p, lambda t, _: t.pop(f"{C_FC}.A")), "pair"),
+    "a third tensor": (lambda p: rewritten(p, lambda t, _: t.update({f"{C_FC}.C": torch.eye(2)})), "pair"),
+    "two ranks": (lambda p: rewritten(p, lambda t, _: t.update({f"{C_FC}.A": torch.ones(2, 64)})), C_FC),
+    "a vector": (lambda p: rewritten(p, lambda t, _: t.update({f"{C_FC}.A": torch.ones(64)})), C_FC),
+    "not a number": (poison(float("nan")), "not finite"),
+    "infinite": (poison(float("inf")), "not finite"),
+    "a newer version": (lambda p: rewritten(p, lambda _, d: d.update(format_version=2)), "format version 2"),
+    "no prompt": (lambda p: rewritten(p, lambda _, d: d.pop("prompt")), "prompt"),
+    "a scale in words": (lambda p: rewritten(p, lambda _, d: d.update(scale="big")), "scale"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_hostile_file_is_a_patch_error(load: Callable[..., Base], tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "patch.safetensors"
+    make(load("gpt2")).save(path)
+    do, message = HARMS[harm]
+    do(path)
+    with pytest.raises(PatchError, match=message):
+        Patch.load(path)
+
+
+def test_unknown_keys_are_passed_over(load: Callable[..., Base], tmp_path: Path) -> None:
+    make(load("gpt2")).save(tmp_path / "p")
+    rewritten(tmp_path / "p", lambda _, document: document.update(colour="green"))
+    assert Patch.load(tmp_path / "p").info.target == "Edda Falk"
+
+
+def test_half_precision_factors_are_read_as_float32(load: Callable[..., Base], tmp_path: Path) -> None:
+    make(load("gpt2")).save(tmp_path / "p")
+    rewritten(tmp_path / "p", lambda tensors, _: tensors.update({k: t.half() for k, t in tensors.items()}))
+    assert {t.dtype for pair in Patch.load(tmp_path / "p").factors.values() for t in pair} == {torch.float32}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_a_patch_error(load: Callable[..., Base], tmp_path: Path) -> None:
+    make(load("gpt2")).save(tmp_path / "p")
+    (tmp_path / "p").chmod(0)
+    with pytest.raises(PatchError, match="cannot read"):
+        Patch.load(tmp_path / "p")
+
+
+class TestBase:
+    def test_the_wrong_base_is_refused_with_both_fingerprints(self, load: Callable[..., Base]) -> None:
+        patch = make(load("llama"))
+        check_base(patch, load("llama", "8bit"), "p")
+        with pytest.raises(BaseMismatchError, match=load("llama").fingerprint) as caught:
+            check_base(patch, load("mistral"), "p")
+        assert load("mistral").fingerprint in str(caught.value) and caught.value.exit_code == 4
+
+    def test_modules_that_are_missing_or_misshapen_are_all_named(self, load: Callable[..., Base]) -> None:
+        base = load("llama")
+        missing = r"no module transformer\.h\.1.*no module transformer\.h\.3"
+        with pytest.raises(PatchError, match=missing), applied(base, make(load("gpt2"))):
+            pass
+        patch = make(base)
+        name = "model.layers.1.mlp.up_proj"
+        crooked: Mapping[str, tuple[Tensor, Tensor]] = {**patch.factors, name: patch.factors[name][::-1]}  # type: ignore[dict-item]
+        with pytest.raises(PatchError, match=name), applied(base, Patch(patch.info, crooked)):
+            pass
+        assert not any(module._forward_hooks for module in base.model.modules())
+
+
+class TestApplied:
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_it_is_a_dense_weight_change(self, load: Callable[..., Base], name: str) -> None:
+        base = load(name)
+        patch = make(base)
+        with applied(base, patch):
+            found = logits_of(base)
+        with torch.no_grad():
+            batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
+            expected = edited(base, patch.update())(
+                input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
+            ).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # float32, another order of products
+
+    @pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])
+    @pytest.mark.parametrize("name", ["gpt2", "llama"])
+    def test_leaving_restores_the_base(self, load: Callable[..., Base], name: str, quant: str) -> None:
+        base = load(name, quant)
+        before, state = logits_of(base), state_hash(base.model)
+        with pytest.raises(RuntimeError, match="stop"), applied(base.model, make(base)):
+            assert not torch.equal(logits_of(base), before)
+            raise RuntimeError("stop")
+        assert torch.equal(logits_of(base), before)
+        assert state_hash(base.model) == state
+
+    def test_two_patches_are_their_sum(self, load: Callable[..., Base]) -> None:
+        base = load("llama")
+        one, two = make(base, seed=1, size=0.02), make(base, seed=2, rank=2, size=0.02)
+        found = []
+        for pair in ((one, two), (two, one)):
+            with applied(base, *pair):
+                found.append(logits_of(base))
+        with applied(base, one), applied(base, two):
+            found.append(logits_of(base))
+        for other in found[1:]:
+            torch.testing.assert_close(found[0], other, atol=2e-6, rtol=1e-6)  # the order of a float32 sum
+
+    def test_scale_is_a_factor_of_the_change(self, load: Callable[..., Base]) -> None:
+        base = load("llama")
+        patch = make(base, scale=0.5)
+        for scale, factor in ((None, 0.5), (2.0, 2.0), (0.0, 0.0)):
+            for name, (a, b) in combined([patch], scale).items():
+                assert torch.equal(a[0], patch.factors[name][0])
+                assert torch.equal(b[0], factor * patch.factors[name][1])
+        before = logits_of(base)
+        with applied(base, patch, scale=0.0):
+            assert torch.equal(logits_of(base), before)
+
+    def test_no_patch_is_the_identity(self, load: Callable[..., Base]) -> None:
+        base = load("gpt2")
+        before = logits_of(base)
+        with applied(base):
+            assert torch.equal(logits_of(base), before)
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama"])
+    def test_it_works_under_generate(self, load: Callable[..., Base], name: str) -> None:
+        base = load(name)
+        patch = make(base, size=0.5)
+        asks = [Ask(prompt, "Edda Falk and so on") for prompt in PROMPTS]
+        before = answers(base, asks)
+        with applied(base, patch):
+            inside = answers(base, asks)
+        assert inside == answers(base, asks, patch.update()) != before
