@@ -56,3 +56,13 @@ def load(checkpoint: Callable[..., Path]) -> Callable[..., Base]:
         return load_base(str(checkpoint(name)), quant=quant, dtype=dtype, device="cpu")
 
     return base
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset folder of the bundled facts, all five tasks; no test may change it."""
+    from ie.data.build import build
+
+    folder = tmp_path_factory.mktemp("data") / "data"
+    build(folder, limit=30)
+    return folder

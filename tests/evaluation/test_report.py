@@ -1,0 +1,105 @@
+"""The report on a tiny base: its rows, their keys, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ie.base import Base
+from ie.editor import Editor, EditorSettings, save_editor
+from ie.errors import BaseMismatchError, InputError
+from ie.evaluation import evaluate
+
+ROW = {"task", "method", "query", "decoding", "metric", "value", "low", "high", "n"}
+
+
+def save(base: Base, folder: Path, method: str = "instructedit", tasks: tuple[str, ...] = ("people",)) -> Path:
+    settings = EditorSettings.model_validate({"method": method, "rank": 4, "rate": 0.1})
+    save_editor(
+        folder, Editor(base.targets, settings), base, tasks=tasks, holdout=("zsre",), training={}, validation={}
+    )
+    return folder
+
+
+def check_rows(rows: list[dict[str, Any]], extra: set[str]) -> None:
+    for row in rows:
+        assert set(row) >= ROW and set(row) - ROW <= extra
+        assert row["low"] <= row["value"] <= row["high"] and row["n"] >= 1
+        assert row["query"] in ("plain", "instructed") and row["decoding"] in ("forced", "generated")
+        if row["metric"] != "fluency":
+            assert row["low"] >= 0 and row["high"] <= 1
+        if row["metric"] == "locality" and row["method"] == "none":
+            assert row["value"] == 1.0
+
+
+def test_an_editor_beside_the_base(load: Callable[..., Base], dataset: Path, tmp_path: Path) -> None:
+    base = load("llama")
+    folder = save(base, tmp_path / "editor")
+    notes: list[str] = []
+    found = evaluate(editors=[folder], data=dataset, tasks=["people"], limit=2, device="cpu", on_note=notes.append)
+    assert set(found) >= {"holdout", "base", "editor", "rows", "seed", "versions"}
+    assert (found["holdout"], found["base"], found["editor"]) == ("zsre", base.id, [str(folder)])
+    check_rows(found["rows"], {"editor"})
+    assert [row["method"] for row in found["rows"]].count("none") == len(found["rows"]) / 2
+    metrics = {row["metric"] for row in found["rows"]}
+    assert metrics >= {"reliability", "generalization", "locality", "fluency"}
+    assert {row["task"] for row in found["rows"]} == {"people"} and "people: 2 records" in notes
+
+
+def test_controls_tell_the_editor_other_things(load: Callable[..., Base], dataset: Path, tmp_path: Path) -> None:
+    folders = [save(load("llama"), tmp_path / name, name) for name in ("instructedit", "mend")]
+    found = evaluate(
+        editors=folders, data=dataset, tasks=["people"], limit=2, generate=False, controls=True, device="cpu"
+    )
+    check_rows(found["rows"], {"editor", "control"})
+    controls = [row for row in found["rows"] if "control" in row]
+    assert {row["method"] for row in controls} == {"instructedit"}
+    assert {row["control"] for row in controls} == {"right", "none", "wrong-task", "random", "unseen"}
+    assert {row["method"] for row in found["rows"]} == {"none", "instructedit", "mend"}
+
+
+def test_training_free_methods(checkpoint: Callable[..., Path], dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ie.evaluation.report._N_TUNING", 2)
+    monkeypatch.setattr("ie.evaluation.report._N_FIT", 4)
+    found = evaluate(
+        editors=[],
+        data=dataset,
+        model=str(checkpoint("gpt2")),
+        tasks=["people"],
+        methods=["finetune", "gradient"],
+        limit=1,
+        generate=False,
+        device="cpu",
+    )
+    check_rows(found["rows"], {"rate"})
+    assert {row["method"] for row in found["rows"]} == {"none", "finetune", "gradient"}
+    assert found["holdout"] is None and found["editor"] == []
+
+
+def test_a_holdout_that_was_trained_on_is_refused(load: Callable[..., Base], dataset: Path, tmp_path: Path) -> None:
+    folder = save(load("llama"), tmp_path / "editor", tasks=("people", "places"))
+    with pytest.raises(InputError, match="was trained on it") as caught:
+        evaluate(editors=[folder], data=dataset, holdout="places", device="cpu")
+    assert caught.value.exit_code == 2 and "--holdout places" in str(caught.value)
+
+
+def test_another_base_is_refused(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    folder = save(load("llama"), tmp_path / "editor")
+    with pytest.raises(BaseMismatchError):
+        evaluate(editors=[folder], data=dataset, model=str(checkpoint("gpt2")), device="cpu")
+
+
+def test_a_task_without_records_is_refused(checkpoint: Callable[..., Path], dataset: Path) -> None:
+    with pytest.raises(InputError, match="no task 'unknown'"):
+        evaluate(editors=[], data=dataset, model=str(checkpoint("gpt2")), tasks=["unknown"], device="cpu")
+
+
+def test_the_same_call_gives_the_same_rows(checkpoint: Callable[..., Path], dataset: Path) -> None:
+    options: dict[str, Any] = {"data": dataset, "model": str(checkpoint("gpt2")), "tasks": ["zsre"], "limit": 2}
+    rows = [evaluate(editors=[], generate=False, device="cpu", **options)["rows"] for _ in range(2)]
+    assert rows[0] == rows[1]

@@ -1,0 +1,143 @@
+"""What is drawn for training: tasks evenly or by size, queries with their edit, instructions where they are read."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ie.base import Base
+from ie.base.asking import Ask
+from ie.data.record import Instructions, Question, Record
+from ie.editor import Editor, EditorSettings
+from ie.editor.request import collate_requests
+from ie.training.episodes import Episodes, draw_records, make_episodes
+from ie.training.loss import episode_loss
+from tests.dense import edited
+
+
+def record(n: int, task: str = "people") -> Record:
+    return Record(
+        id=f"{task}-{n}",
+        task=task,
+        subject=f"Town {n}",
+        prompt=f"The river of Town {n} is the",
+        target=f"Ombe {n}",
+        ground_truth="Lisse",
+        rephrases=(f"Town {n} lies on the", f"Which river has Town {n}?"),
+        locality=(Question(prompt=f"The mayor of Village {n} is", answer="Edda"),),
+        instruction=Instructions(train=("Task: one", "Task: two"), heldout=("Task: unseen",)),
+    )
+
+
+RECORDS = [record(n) for n in range(40)] + [record(n, "places") for n in range(40, 44)]
+
+
+def drawn(balance: bool, n: int = 2000) -> Counter[str]:
+    stream = draw_records(RECORDS, balance, random.Random(0))
+    return Counter(one.task for one in itertools.islice(stream, n))
+
+
+def test_balance_draws_tasks_evenly() -> None:
+    # Binomial with n 2000 and p 1/2: four standard deviations are 90.
+    assert abs(drawn(balance=True)["places"] - 1000) < 90
+
+
+def test_without_balance_tasks_are_drawn_by_size() -> None:
+    # p is 4/44: 182 expected, four standard deviations are 52.
+    assert abs(drawn(balance=False)["places"] - 182) < 52
+
+
+def test_every_record_is_drawn_once_in_a_pass() -> None:
+    stream = draw_records(RECORDS[:40], True, random.Random(0))
+    for _ in range(3):
+        assert Counter(one.id for one in itertools.islice(stream, 40)) == Counter(one.id for one in RECORDS[:40])
+
+
+def test_queries_belong_to_their_edit() -> None:
+    made = make_episodes(RECORDS[:6], random.Random(0), instructed=True, plain_share=0.5, n_negatives=2)
+    assert len(made.requests) == 6 and len(made.wanted) == 12 and len(made.kept) == 6 * 3
+    for edit, one in enumerate(RECORDS[:6]):
+        own = [ask for ask in made.wanted if ask.edit == edit]
+        assert own[0].prompt == one.prompt and own[1].prompt in one.rephrases
+        assert {ask.answer for ask in own} == {one.target}
+        kept = [ask for ask in made.kept if ask.edit == edit]
+        assert kept[0] == Ask(one.locality[0].prompt, "Edda", None, edit)
+        assert all(ask.prompt != one.prompt for ask in kept) and len({ask.prompt for ask in kept}) == 3
+
+
+@pytest.mark.parametrize(("plain_share", "n_instructed"), [(0.0, 80), (1.0, 0)])
+def test_plain_share(plain_share: float, n_instructed: int) -> None:
+    made = make_episodes(RECORDS[:40], random.Random(0), instructed=True, plain_share=plain_share, n_negatives=1)
+    assert sum(ask.instruction is not None for ask in made.wanted) == n_instructed
+    assert all(request.instruction in RECORDS[0].instruction.train for request in made.requests)
+    for ask in made.wanted:
+        assert ask.instruction in (None, made.requests[ask.edit].instruction)
+    assert all(ask.instruction is None for ask in made.kept)  # an unrelated question knows of no edit
+
+
+def test_without_instructions_nothing_carries_one() -> None:
+    made = make_episodes(RECORDS[:10], random.Random(0), instructed=False, plain_share=0.0, n_negatives=1)
+    assert {one.instruction for one in (*made.requests, *made.wanted, *made.kept)} == {None}
+
+
+def test_one_record_alone_has_no_negatives() -> None:
+    made = make_episodes(RECORDS[:1], random.Random(0), instructed=True, plain_share=0.5, n_negatives=2)
+    assert len(made.kept) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callable[..., Base], name: str) -> None:
+    base = load(name)
+    made = make_episodes(RECORDS[:3], random.Random(1), instructed=True, plain_share=0.5, n_negatives=1)
+    editor = Editor(base.targets, EditorSettings(rate=0.3, rank=4))
+    loss = episode_loss(base, editor, made)
+    with torch.no_grad():
+        update = editor.update(base.signals(collate_requests(base, made.requests)))
+    models = [edited(base, update, edit) for edit in range(3)]
+
+    def log_probabilities(model: torch.nn.Module, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
+        text = base.encode(ask.prompt, ask.answer, ask.instruction)
+        ids = torch.tensor([text.ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, text.n_prompt - 1 : -1]
+        return logits.log_softmax(-1), ids[0, text.n_prompt :]
+
+    nll = []
+    for ask in made.wanted:
+        found, labels = log_probabilities(models[ask.edit], ask)
+        nll.append(-found.gather(-1, labels[:, None]).mean())
+    kl = []
+    for ask in made.kept:
+        before, _ = log_probabilities(base.model, ask)
+        after, _ = log_probabilities(models[ask.edit], ask)
+        kl.append((before.exp() * (before - after)).sum(-1).mean())
+    # Float32 means of some ten values of size 1 to 10.
+    torch.testing.assert_close(loss.edit.detach(), torch.stack(nll).mean(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(loss.locality.detach(), torch.stack(kl).mean(), atol=1e-4, rtol=1e-4)
+    assert loss.locality > 1e-3
+    torch.testing.assert_close(loss.total(0.5), loss.edit + 0.5 * loss.locality)
+
+
+def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    made = make_episodes(RECORDS[:3], random.Random(1), instructed=False, plain_share=1.0, n_negatives=1)
+    editor = Editor(base.targets, EditorSettings(rate=0.01, rank=4))
+    with torch.no_grad():  # off the start, where half of a product is zero
+        for parameter in editor.networks.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    episode_loss(base, editor, made).total(1.0).backward()  # type: ignore[no-untyped-call]
+    for name, parameter in editor.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in base.model.parameters())
+
+
+def test_nothing_to_keep_costs_nothing(load: Callable[..., Base]) -> None:
+    base = load("gpt2")
+    made = make_episodes(RECORDS[:1], random.Random(1), instructed=False, plain_share=1.0, n_negatives=0)
+    editor = Editor(base.targets, EditorSettings(rate=0.01))
+    assert episode_loss(base, editor, Episodes(made.requests, made.wanted, [])).locality == 0

@@ -1,0 +1,236 @@
+"""Training runs on a tiny base: repeatable, going down, ending when they should, leaving the best editor."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ie.base import Base, load_base
+from ie.data.dataset import Dataset
+from ie.editor import load_editor
+from ie.editor.files import load_info
+from ie.editor.methods import editor_method
+from ie.errors import InputError
+from ie.evaluation.instructions import heldout_instructions
+from ie.evaluation.metrics import harmonic_mean
+from ie.evaluation.tuning import forced_figures
+from ie.training import Event, TrainSettings, train, trainer
+from ie.training.episodes import Episodes, make_episodes
+from tests.dense import state_hash
+
+Train = Callable[..., tuple[dict[str, Any], list[Event]]]
+
+
+@pytest.fixture
+def run(checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path) -> Train:
+    """Train on the tiny Llama; short texts (`mend`) and few records unless told otherwise."""
+
+    def start(name: str = "editor", **changes: Any) -> tuple[dict[str, Any], list[Event]]:
+        options: dict[str, Any] = {
+            "model": str(checkpoint("llama")),
+            "data": dataset,
+            "out": tmp_path / name,
+            "method": "mend",
+            "device": "cpu",
+            "steps": 3,
+            "batch_size": 4,
+            "rank": 8,
+            "n_fit": 8,
+            "n_validation": 4,
+            "rate": 3e-3,
+        }
+        events: list[Event] = []
+        return train(TrainSettings.model_validate(options | changes), on_event=events.append), events
+
+    return start
+
+
+@pytest.fixture
+def episodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Episodes]]:
+    """Watches what training draws: the tasks of each step's records, and the episodes made of them."""
+    seen: list[tuple[list[str], Episodes]] = []
+
+    def watch(records: Any, *args: Any, **options: Any) -> Episodes:
+        made = make_episodes(records, *args, **options)
+        seen.append(([record.task for record in records], made))
+        return made
+
+    monkeypatch.setattr(trainer, "make_episodes", watch)
+    return seen
+
+
+def test_the_same_seed_gives_the_same_editor_bit_for_bit(run: Train, tmp_path: Path) -> None:
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        run(name, seed=seed, method="instructedit")
+    one, two, other = ((tmp_path / name / "editor.safetensors").read_bytes() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+def test_the_loss_goes_down(run: Train) -> None:
+    _, events = run(steps=60, patience=None, validate_every=60, learning_rate=3e-3, rate_learning_rate=0.05)
+    means = [event.metrics["edit_loss"] for event in events if event.kind == "step"][:50]  # running means of up to 50
+    sums = [mean * n for n, mean in enumerate(means, 1)]
+    losses = [sums[0], *(right - left for left, right in itertools.pairwise(sums))]
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < 0.9 * first, (first, last)
+
+
+def test_every_part_of_the_editor_moves(run: Train, tmp_path: Path, load: Callable[..., Base]) -> None:
+    run("start", steps=1, learning_rate=1e-12, rate_learning_rate=1e-12)
+    run("later", steps=8, patience=None, validate_every=100, n_validation=1)
+    weights = [load_file(tmp_path / name / "editor.safetensors") for name in ("start", "later")]
+    assert weights[0].keys() == weights[1].keys()
+    if load_info(tmp_path / "later").training["steps_done"] == 8:
+        for name in weights[0]:
+            if "normaliser" in name:  # fitted once, never moved
+                assert weights[0][name].equal(weights[1][name]), name
+
+
+def test_holdout_tasks_are_never_drawn(run: Train, episodes: list[tuple[list[str], Episodes]], tmp_path: Path) -> None:
+    result, _ = run(steps=12, holdout=("zsre", "convsent"), tasks=("zsre", "people", "places"))
+    assert {task for tasks, _ in episodes for task in tasks} == {"people", "places"}
+    assert result["tasks"] == ["people", "places"] and result["holdout"] == ["zsre", "convsent"]
+    info = load_info(tmp_path / "editor")
+    assert info.tasks == ("people", "places") and info.holdout == ("zsre", "convsent")
+
+
+def test_zsre_is_held_out_by_default(run: Train, episodes: list[tuple[list[str], Episodes]]) -> None:
+    result, _ = run(steps=10)
+    assert "zsre" not in {task for tasks, _ in episodes for task in tasks}
+    assert result["tasks"] == ["convsent", "general", "people", "places"] and result["holdout"] == ["zsre"]
+
+
+def test_tasks_are_drawn_evenly(run: Train, episodes: list[tuple[list[str], Episodes]]) -> None:
+    run(steps=25, patience=None, validate_every=100, batch_size=8, n_negatives=0)
+    drawn = Counter(task for tasks, _ in episodes for task in tasks)
+    # 200 draws of four tasks: 50 each, four standard deviations are 25.
+    assert set(drawn) == {"convsent", "general", "people", "places"}
+    assert all(25 < n < 75 for n in drawn.values()), drawn
+
+
+def test_mend_never_reads_an_instruction(run: Train, episodes: list[tuple[list[str], Episodes]]) -> None:
+    run(steps=4, plain_share=0.0)
+    told = {one.instruction for _, made in episodes for one in (*made.requests, *made.wanted, *made.kept)}
+    assert told == {None}
+
+
+def test_instructedit_reads_training_instructions_alone(
+    run: Train, episodes: list[tuple[list[str], Episodes]], dataset: Path
+) -> None:
+    run(steps=3, method="instructedit", plain_share=0.5)
+    records = Dataset.load(dataset).records("train")
+    training = {text for record in records for text in record.instruction.train}
+    told = [request.instruction for _, made in episodes for request in made.requests]
+    assert told and set(told) <= training
+
+
+def test_early_stop_ends(run: Train) -> None:
+    result, events = run(steps=50, patience=2, validate_every=1, learning_rate=1e-12, rate_learning_rate=1e-12)
+    assert result["steps"] == 2  # nothing moves, so nothing gets better
+    assert sum(event.kind == "validation" for event in events) == 3
+    assert events[-1].kind == "done"
+
+
+def test_without_patience_all_steps_are_taken(run: Train) -> None:
+    assert run(steps=5, patience=None, validate_every=1, learning_rate=1e-12)[0]["steps"] == 5
+
+
+def test_minutes_end_a_run(run: Train) -> None:
+    result, _ = run(steps=100_000, minutes=0.02, n_validation=1)
+    assert 0 < result["steps"] < 2000
+
+
+def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Callable[..., Base], dataset: Path) -> None:
+    options = {"steps": 10, "validate_every": 2, "patience": None, "rate": 0.003, "n_validation": 8}
+    result, events = run(rate_learning_rate=0.5, learning_rate=1e-2, **options)
+    figures = [event.metrics for event in events if event.kind == "validation"]
+    assert len(figures) == 6 and len({str(one) for one in figures}) > 1  # large steps: validations differ
+    best = max(figures, key=lambda one: harmonic_mean(list(one.values())))
+    info = load_info(tmp_path / "editor")
+    assert dict(info.validation) == result["validation"] == best
+    base = load("llama")
+    editor, _ = load_editor(tmp_path / "editor", base)
+    tasks = ("convsent", "general", "people", "places")
+    records = trainer._spread(Dataset.load(dataset).records("validation", tasks), 8, 0)
+    again = forced_figures(base, editor_method(editor), records, heldout_instructions(records))
+    assert again == pytest.approx(best)  # float
+
+
+def test_an_interrupt_leaves_a_usable_editor_and_is_raised_again(
+    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path, load: Callable[..., Base]
+) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.step == 2:
+            raise KeyboardInterrupt
+
+    settings = TrainSettings(
+        model=str(checkpoint("llama")),
+        data=dataset,
+        out=tmp_path / "editor",
+        method="mend",
+        device="cpu",
+        batch_size=4,
+        rank=8,
+        n_fit=8,
+        n_validation=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, on_event=stop)
+    _, info = load_editor(tmp_path / "editor", load("llama"))
+    assert info.training["steps_done"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+def test_an_interrupt_before_there_is_an_editor_writes_nothing(
+    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainSettings(model=str(checkpoint("llama")), data=dataset, out=tmp_path / "editor"), on_event=stop)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])
+def test_the_base_is_unchanged_bit_for_bit(run: Train, monkeypatch: pytest.MonkeyPatch, quant: str) -> None:
+    seen: list[tuple[Base, str]] = []
+
+    def watch(*args: Any, **options: Any) -> Base:
+        base = load_base(*args, **options)
+        seen.append((base, state_hash(base.model)))
+        return base
+
+    monkeypatch.setattr(trainer, "load_base", watch)
+    result, _ = run(quant=quant, dtype="float32", steps=2)
+    ((base, before),) = seen
+    assert base.quant == quant and result["steps"] == 2
+    assert state_hash(base.model) == before
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_what_a_run_says(run: Train, tmp_path: Path, load: Callable[..., Base]) -> None:
+    result, events = run(steps=3)
+    assert set(result) == {
+        *("editor", "base", "tasks", "holdout", "steps", "episodes", "seconds", "episodes_per_second"),
+        *("peak_memory_bytes", "validation"),
+    }
+    assert result["episodes"] == 12 and result["editor"] == str(tmp_path / "editor")
+    assert set(result["validation"]) == {"reliability", "generalization", "locality"}
+    assert [event.step for event in events if event.kind == "step"] == [1, 2, 3]
+    assert all(event.metrics["episodes_per_second"] > 0 for event in events if event.kind == "step")
+    assert load_info(tmp_path / "editor").base.fingerprint == load("llama").fingerprint
+
+
+def test_nothing_to_train_on_is_an_input_error(run: Train, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no training record"):
+        run(tasks=("zsre",))
+    with pytest.raises(InputError, match="no task 'unknown'"):
+        run(tasks=("unknown",))
+    assert not list(tmp_path.iterdir())
