@@ -40,7 +40,7 @@ class EditorSettings(BaseModel):
     method: Method = "instructedit"
     rank: PositiveInt = 128
     n_layers: int = 2
-    rate: PositiveFloat = 3e-4
+    rate: PositiveFloat = 1e-3
 
 
 class Editor(nn.Module):

@@ -54,7 +54,7 @@ class TrainSettings(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 1500
+    steps: PositiveInt = 600
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -62,13 +62,13 @@ class TrainSettings(BaseModel):
     batch_size: PositiveInt = 16
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
-    rate: PositiveFloat = 3e-4
-    learning_rate: PositiveFloat = 1e-3
+    rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 3e-3
     rate_learning_rate: PositiveFloat = 1e-2
     locality_weight: NonNegativeFloat = 1.0
     n_negatives: NonNegativeInt = 2
     plain_share: NonNegativeFloat = 0.7
-    validate_every: PositiveInt = 250
+    validate_every: PositiveInt = 200
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6
     n_fit: PositiveInt = 256
