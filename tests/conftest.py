@@ -33,7 +33,12 @@ def published_data() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Tiny checkpoints by architecture and seed, each written once; the Llama-like ones begin every text by a token."""
-    from tests.models import save_model  # here: torch takes seconds, and most tests need none
+    import torch  # here: it takes seconds, and most tests need none
+
+    from tests.models import save_model
+
+    # Threads wait for each other at every operation: on a busy machine tiny models take fifty times as long with two.
+    torch.set_num_threads(1)
 
     @cache
     def folder(name: str, seed: int = 0) -> Path:
@@ -45,11 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def load(checkpoint: Callable[..., Path]) -> Callable[..., Base]:
     """Tiny bases by architecture, quantisation and dtype, each loaded once; no test may change one."""
-    import torch
-
     from ie.base import load_base
-
-    torch.set_num_threads(2)
 
     @cache
     def base(name: str, quant: str = "none", dtype: str = "float32") -> Base:

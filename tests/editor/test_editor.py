@@ -179,8 +179,8 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
         for u, delta, edit in zip(one.u, one.delta, one.edit, strict=True):
             h = torch.cat(((u - u_norm.mean) / u_norm.std, (delta - delta_norm.mean) / delta_norm.std))  # type: ignore[operator]
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
-                step = layer.scale[index] * (h @ layer.down @ layer.up + layer.bias) + layer.shift[index]
-                h = h + step.clamp(min=0)
+                low = layer.scale[index] * (h @ layer.down) + layer.shift[index]
+                h = h + (low * low.sigmoid()) @ layer.up + layer.bias
             pseudo_u, pseudo_delta = h[: target.d_in].double(), h[target.d_in :].double()
             rate = editor.rate(target).item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()
@@ -206,8 +206,8 @@ def test_rates_are_positive_and_one_for_each_target(load: Callable[..., Base]) -
 def test_one_network_for_each_shape(load: Callable[..., Base]) -> None:
     editor = Editor(load("llama").targets, EditorSettings())
     assert set(editor.networks) == {"64x96", "96x64"}
-    assert editor.networks["64x96"].layers[0].scale.shape == (6, 160)  # type: ignore[union-attr]
-    assert editor.networks["96x64"].layers[0].scale.shape == (3, 160)  # type: ignore[union-attr]
+    assert editor.networks["64x96"].layers[0].scale.shape == (6, 128)  # type: ignore[union-attr]
+    assert editor.networks["96x64"].layers[0].scale.shape == (3, 128)  # type: ignore[union-attr]
 
 
 def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:
