@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -34,7 +35,7 @@ def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> 
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         modules = {target.name: model.get_submodule(target.name) for target in base.targets}
-        out.append({name: _out_in(module, module.weight.grad.clone()) for name, module in modules.items()})  # type: ignore[operator, union-attr, arg-type]
+        out.append({name: _out_in(module, module.weight.grad.clone()) for name, module in modules.items()})  # type: ignore[operator, union-attr]
     return out
 
 
@@ -59,19 +60,19 @@ def dequantised(exact: Base, quantised: Base) -> Base:
         weight = _dequantised_weight(module)
         if weight is not None:
             place = model.get_submodule(name)
-            place.weight.data = (weight.T if isinstance(place, Conv1D) else weight).contiguous()  # type: ignore[union-attr]
+            place.weight.data = (weight.T if isinstance(place, Conv1D) else weight).contiguous()
     decoder = Decoder.split(model, find_blocks(model)[1], exact.decoder.first, exact.device)
     return replace(exact, model=model, decoder=decoder)
 
 
-def _dequantised_weight(module: nn.Module) -> Tensor | None:
+def _dequantised_weight(module: Any) -> Tensor | None:
     """(d_out, d_in) float32, or None if the module is not quantised."""
     kind = type(module).__name__
     if kind == "Linear8bitLt":  # a scale for each output, 127 steps
-        return module.state.CB.float() * module.state.SCB[:, None] / 127  # type: ignore[union-attr, operator, no-any-return]
+        weight: Tensor = module.state.CB.float() * module.state.SCB[:, None] / 127
+        return weight
     if kind == "Linear4bit":
-        weight: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[union-attr]
-        return weight.float()
+        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
     return None
 
 

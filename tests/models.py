@@ -112,7 +112,7 @@ def save_model(folder: Path, name: str, *, seed: int = 0, bos: bool = False) -> 
         bos: whether its tokenizer puts a beginning-of-text token before every text.
     """
     torch.manual_seed(100 * seed + list(ARCHITECTURES).index(name))
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())  # type: ignore[no-untyped-call]
     _draw_weights(model)
     model.save_pretrained(folder)
     tokenizer(bos=bos).save_pretrained(folder)
@@ -134,7 +134,7 @@ def tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     if bos:
         backend.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
     tokens = {"eos_token": "<eos>", "bos_token": "<eos>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def bos(request: pytest.FixtureRequest) -> bool:
 
 
 def shown(bos: bool, ids: tuple[int, ...]) -> str:
-    return str(TOKENIZERS[bos].decode(ids))
+    return str(TOKENIZERS[bos].decode(list(ids)))
 
 
 def test_the_answer_keeps_its_space_and_has_no_special_token(bos: bool) -> None:

@@ -177,7 +177,7 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
         index = [t.name for t in base.targets if (t.d_in, t.d_out) == (target.d_in, target.d_out)].index(target.name)
         change = torch.zeros(len(REQUESTS), target.d_out, target.d_in, dtype=torch.float64)
         for u, delta, edit in zip(one.u, one.delta, one.edit, strict=True):
-            h = torch.cat(((u - u_norm.mean) / u_norm.std, (delta - delta_norm.mean) / delta_norm.std))  # type: ignore[operator]
+            h = torch.cat(((u - u_norm.mean) / u_norm.std, (delta - delta_norm.mean) / delta_norm.std))
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
                 low = layer.scale[index] * (h @ layer.down) + layer.shift[index]
                 h = h + (low * low.sigmoid()) @ layer.up + layer.bias
@@ -206,8 +206,8 @@ def test_rates_are_positive_and_one_for_each_target(load: Callable[..., Base]) -
 def test_one_network_for_each_shape(load: Callable[..., Base]) -> None:
     editor = Editor(load("llama").targets, EditorSettings())
     assert set(editor.networks) == {"64x96", "96x64"}
-    assert editor.networks["64x96"].layers[0].scale.shape == (6, 128)  # type: ignore[union-attr]
-    assert editor.networks["96x64"].layers[0].scale.shape == (3, 128)  # type: ignore[union-attr]
+    assert editor.networks["64x96"].layers[0].scale.shape == (6, 128)  # type: ignore[index, union-attr]
+    assert editor.networks["96x64"].layers[0].scale.shape == (3, 128)  # type: ignore[index, union-attr]
 
 
 def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:

@@ -84,7 +84,7 @@ class TestNormaliser:
         generator = torch.Generator().manual_seed(0)
         values = torch.randn(500, 4, generator=generator) * torch.tensor([1.0, 5.0, 0.2, 2.0]) + 3
         normaliser = Normaliser(4)
-        for part in values.split(120):
+        for part in values.split(120):  # type: ignore[no-untyped-call]
             normaliser.observe(part)
         normaliser.fit()
         found = normaliser(values)

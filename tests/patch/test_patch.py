@@ -132,6 +132,11 @@ def poison(value: float) -> Callable[[Path], None]:
     return lambda path: rewritten(path, lambda tensors, _: tensors[f"{C_FC}.B"][0].fill_(value))
 
 
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def grow_header(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
 
@@ -139,7 +144,7 @@ def grow_header(path: Path) -> None:
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda p: p.unlink(), "cannot read"),
     "empty": (lambda p: p.write_bytes(b""), "0 bytes"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "cannot read"),
+    "a folder": (to_folder, "cannot read"),
     "text": (lambda p: p.write_text("I am no patch, but I am long enough."), "cannot be read"),
     "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:100]), "truncated"),
     "truncated tensors": (lambda p: p.write_bytes(p.read_bytes()[:-4]), "truncated"),
@@ -206,7 +211,7 @@ class TestBase:
             pass
         patch = make(base)
         name = "model.layers.1.mlp.up_proj"
-        crooked: Mapping[str, tuple[Tensor, Tensor]] = {**patch.factors, name: patch.factors[name][::-1]}  # type: ignore[dict-item]
+        crooked: Mapping[str, tuple[Tensor, Tensor]] = {**patch.factors, name: patch.factors[name][::-1]}
         with pytest.raises(PatchError, match=name), applied(base, Patch(patch.info, crooked)):
             pass
         assert not any(module._forward_hooks for module in base.model.modules())

@@ -116,8 +116,8 @@ def test_tasks_are_drawn_evenly(run: Train, episodes: list[tuple[list[str], Epis
 
 def test_mend_never_reads_an_instruction(run: Train, episodes: list[tuple[list[str], Episodes]]) -> None:
     run(steps=4, plain_share=0.0)
-    told = {one.instruction for _, made in episodes for one in (*made.requests, *made.wanted, *made.kept)}
-    assert told == {None}
+    assert {request.instruction for _, made in episodes for request in made.requests} == {None}
+    assert {ask.instruction for _, made in episodes for ask in made.wanted + made.kept} == {None}
 
 
 def test_instructedit_reads_training_instructions_alone(
