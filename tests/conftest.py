@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Nothing in the suite may wait for a network: set before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `ie` itself does
 
 
 @pytest.fixture(scope="session")

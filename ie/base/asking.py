@@ -24,6 +24,7 @@ __all__ = ["Ask", "answers", "continuations", "log_likelihoods", "matches", "nor
 
 _BATCH_TOKENS = 4096
 _EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
+_FREE_TOKENS = 16  # where no answer is awaited
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Ask:
 
     Attributes:
         prompt: what is asked.
-        answer: the answer whose tokens are forced, or waited for.
+        answer: the answer whose tokens are forced, or waited for; "" where none is awaited.
         instruction: what stands before the prompt; None for a plain question.
         edit: index of the edit that it is asked under.
     """
@@ -77,10 +78,9 @@ def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> li
     """
     out = [""] * len(asks)
     for indices, texts in _batches(base, asks):
-        n_tokens = max(len(text.ids) - text.n_prompt for text in texts) + _EXTRA_TOKENS
-        written = base.generate(texts, n_tokens, update, _rows(asks, indices, update, base))
-        for index, text, ids in zip(indices, texts, written, strict=True):
-            limit = len(text.ids) - text.n_prompt + _EXTRA_TOKENS
+        limits = [(len(text.ids) - text.n_prompt or _FREE_TOKENS) + _EXTRA_TOKENS for text in texts]
+        written = base.generate(texts, max(limits), update, _rows(asks, indices, update, base))
+        for index, limit, ids in zip(indices, limits, written, strict=True):
             shown = base.tokenizer.decode(ids[:limit]).strip()
             ended = len(ids) < limit or "\n" in shown
             out[index] = shown.split("\n")[0].strip() if ended else _cut(shown, asks[index].answer)
@@ -99,7 +99,7 @@ def continuations(base: Base, asks: Sequence[Ask], n_tokens: int, update: Update
 
 def _cut(shown: str, awaited: str) -> str:
     rest = shown[len(awaited) :]
-    return awaited if shown.startswith(awaited) and not rest[:1].isalnum() else shown
+    return awaited if awaited and shown.startswith(awaited) and not rest[:1].isalnum() else shown
 
 
 def normalise(text: str) -> str:

@@ -2,12 +2,13 @@
 
 It is taken from the checkpoint on disk, not from the loaded model, since quantising changes what is in memory. Every
 tensor counts with its name, its shape and a sample of its values rounded to bf16; reading a sample costs
-milliseconds a tensor and no memory.
+milliseconds a tensor and no memory. The configuration counts too, but for what a load or a save changes in it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ie.errors import ModelError
 __all__ = ["checkpoint_files", "fingerprint_checkpoint"]
 
 _N_SAMPLES = 64
+_VOLATILE = ("architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -37,7 +39,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def fingerprint_checkpoint(folder: Path) -> str:
     """Sixteen hex digits that name the weights of a checkpoint folder."""
-    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _VOLATILE and not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     samples: dict[str, bytes] = {}
     for path in checkpoint_files(folder):
         try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ie.base.capture import Signals, answer_nll, recording
 from ie.base.prefix import PrefixStore
+from ie.base.store import TextStore
 from ie.base.suffix import Decoder, run_suffix
 from ie.base.targets import EditTarget
 from ie.base.update import Update, adding
@@ -21,6 +22,7 @@ from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 __all__ = ["Base"]
 
 PREFIX_BUDGET_BYTES = 2 * 1024**3
+REFERENCE_BUDGET_BYTES = 512 * 1024**2
 _MAX_TEXT_TOKENS = 1024
 
 
@@ -66,6 +68,10 @@ class Base:
         """Hidden states that enter the first edited block."""
         return PrefixStore(self.decoder, PREFIX_BUDGET_BYTES)
 
+    @cached_property
+    def _references(self) -> TextStore:
+        return TextStore(REFERENCE_BUDGET_BYTES)
+
     @property
     def pad_id(self) -> int:
         """A token id to pad with; what it is makes no difference."""
@@ -89,6 +95,19 @@ class Base:
         hidden = self.prefixes.hidden(batch)
         with adding(self.model, update, rows) if update else nullcontext():
             return run_suffix(self.decoder, batch, hidden)
+
+    @torch.no_grad()
+    def log_probs(self, texts: Sequence[Text]) -> Tensor:
+        """The base's own log-probabilities (n_answer, n_vocab) float32 where answers are predicted, text by text.
+
+        Each text's are computed once and kept, up to a budget: what an edit must not change is asked again and again.
+        """
+
+        def compute(new: list[Text]) -> Sequence[Tensor]:
+            found = self.logits(self.collate(new)).float().log_softmax(-1)
+            return [part.clone() for part in torch.split(found, [len(text.ids) - text.n_prompt for text in new])]
+
+        return torch.cat(self._references.get(texts, compute))
 
     def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
@@ -141,4 +160,3 @@ class Base:
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
         return ids[:end]
-

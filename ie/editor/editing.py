@@ -25,7 +25,6 @@ from ie.versions import now, versions
 __all__ = ["EditSettings", "RequestSettings", "edit", "make_patches"]
 
 _BATCH_SIZE = 32
-_PROBE_ANSWER = "probe " * 16  # its length bounds the answer to a probe
 
 
 class RequestSettings(BaseModel):
@@ -135,7 +134,7 @@ def _describe(
     base: Base, patch: Patch, probes: Sequence[str], path: Path, n_bytes: int, seconds: float
 ) -> dict[str, Any]:
     update = patch.update()
-    asks = [Ask(probe, _PROBE_ANSWER) for probe in probes]
+    asks = [Ask(probe, "") for probe in probes]
     pairs = zip(probes, answers(base, asks), answers(base, asks, update), strict=True) if asks else ()
     return {
         "patch": str(path),

@@ -16,8 +16,6 @@ from ie.patch.peft import export_peft
 
 __all__ = ["apply_patch"]
 
-_PREVIEW = "preview " * 16  # its length bounds the answer to a prompt that awaits no target
-
 
 def apply_patch(
     patches: Sequence[Path],
@@ -61,7 +59,7 @@ def apply_patch(
         pass  # all modules and shapes are checked before anything is computed or written
     update = {name: (a.to(base.device), b.to(base.device)) for name, (a, b) in combined(loaded, scale).items()}
     own = [Ask(patch.info.prompt, patch.info.target) for patch in loaded]
-    previews = [*own, *(Ask(prompt, _PREVIEW) for prompt in prompts)]
+    previews = [*own, *(Ask(prompt, "") for prompt in prompts)]
     before, after = answers(base, previews), answers(base, previews, update)
     took = [matches(answer, ask.answer) for answer, ask in zip(after, own, strict=False)]
     return {

@@ -22,7 +22,7 @@ from ie.base.targets import module_shape
 from ie.base.update import Factors, adding
 from ie.errors import BaseMismatchError, PatchError
 from ie.files import new_file
-from ie.header import read_document
+from ie.header import factor_shapes, read_document
 from ie.patch.lowrank import stack
 
 __all__ = ["FORMAT_VERSION", "Patch", "PatchInfo", "applied", "check_base", "combined"]
@@ -99,16 +99,10 @@ class Patch:
         """
         document, tensors = read_document(path)
         info = _info(path, document)
-        names = sorted({name[:-2] for name in tensors})
-        if {f"{name}.{side}" for name in names for side in "AB"} != set(tensors):
-            raise PatchError(f"{path}: expected a pair of tensors, .A and .B, for each module; found {sorted(tensors)}")
+        names = factor_shapes(path, tensors)
         loaded = load_file(path)
         factors = {name: (loaded[f"{name}.A"].float(), loaded[f"{name}.B"].float()) for name in names}
         for name, (a, b) in factors.items():
-            if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
-                raise PatchError(
-                    f"{path}: {name}: expected A (r, d_in) and B (r, d_out), found {a.shape} and {b.shape}"
-                )
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise PatchError(f"{path}: {name} holds values that are not finite")
         return cls(info, factors)

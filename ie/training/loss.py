@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ie.base.asking import Ask
 from ie.base.capture import answer_nll, row_mean
 from ie.base.model import Base
-from ie.base.update import Update
 from ie.editor.editor import Editor
 from ie.editor.request import collate_requests
 from ie.training.episodes import Episodes
@@ -40,32 +39,31 @@ class Loss:
 def episode_loss(base: Base, editor: Editor, episodes: Episodes) -> Loss:
     """Edit, ask every query under its edit, and compare."""
     update = editor.update(base.signals(collate_requests(base, episodes.requests)))
-    zero = torch.zeros((), device=base.device)
-    edit, locality = zero, zero
-    for asks in _by_length(episodes.wanted):
-        edit = edit + _nll(base, asks, update).sum() / len(episodes.wanted)
-    for asks in _by_length(episodes.kept):
-        locality = locality + _kl(base, asks, update).sum() / len(episodes.kept)
+    asks = [*episodes.wanted, *episodes.kept]
+    edit = locality = torch.zeros((), device=base.device)
+    for chosen in _by_length(asks):
+        n_wanted = sum(index < len(episodes.wanted) for index in chosen)
+        batch = base.collate([base.encode(asks[i].prompt, asks[i].answer, asks[i].instruction) for i in chosen])
+        edits = torch.tensor([asks[index].edit for index in chosen], device=base.device)
+        logits = base.logits(batch, update, edits).float()
+        n_answer = int((batch.rows < n_wanted).sum())
+        wanted, kept = logits.tensor_split([n_answer])
+        rows = batch.rows[:n_answer]
+        edit = edit + answer_nll(wanted, batch.labels[:n_answer], rows, n_wanted).sum() / len(episodes.wanted)
+        if n_answer < len(logits):
+            divergence = _kl(base.log_probs(batch.texts[n_wanted:]), kept)
+            per_text = row_mean(divergence, batch.rows[n_answer:] - n_wanted, len(chosen) - n_wanted)
+            locality = locality + per_text.sum() / len(episodes.kept)
     return Loss(edit, locality)
 
 
-def _by_length(asks: Sequence[Ask]) -> list[list[Ask]]:
+def _by_length(asks: Sequence[Ask]) -> list[list[int]]:
     """Plain and instructed queries apart: the latter are several times longer, and padding is not free."""
-    groups = ([ask for ask in asks if ask.instruction is None], [ask for ask in asks if ask.instruction is not None])
-    return [group for group in groups if group]
+    plain = [index for index, ask in enumerate(asks) if ask.instruction is None]
+    instructed = [index for index, ask in enumerate(asks) if ask.instruction is not None]
+    return [group for group in (plain, instructed) if group]
 
 
-def _nll(base: Base, asks: Sequence[Ask], update: Update) -> Tensor:
-    batch = base.collate([base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks])
-    rows = torch.tensor([ask.edit for ask in asks], device=base.device)
-    return answer_nll(base.logits(batch, update, rows), batch.labels, batch.rows, len(asks))
-
-
-def _kl(base: Base, asks: Sequence[Ask], update: Update) -> Tensor:
-    batch = base.collate([base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks])
-    rows = torch.tensor([ask.edit for ask in asks], device=base.device)
-    with torch.no_grad():
-        before = base.logits(batch).float().log_softmax(-1)
-    after = base.logits(batch, update, rows).float().log_softmax(-1)
-    divergence = nn.functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
-    return row_mean(divergence, batch.rows, len(asks))
+def _kl(before: Tensor, logits: Tensor) -> Tensor:
+    """KL(base || edited) at each position, (n_answer,) float32, from log-probabilities before and logits after."""
+    return nn.functional.kl_div(logits.log_softmax(-1), before, reduction="none", log_target=True).sum(-1)
