@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from .files import check_model
 from .options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Quant, Quiet
 from .render import reporting
 
@@ -14,6 +17,9 @@ LIBRARIES = ("instructedit", "torch", "transformers", "bitsandbytes", "safetenso
 
 
 def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="M", help="Estimate the memory that this base needs.")
+    ] = None,
     quant: Quant = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -25,16 +31,19 @@ def doctor(
     with reporting(json=json, quiet=quiet, debug=debug) as render:
         from .tables import doctor_view
 
-        result = _examine(quant, dtype, device)
+        if model is not None:
+            check_model(model)
+        result = _examine(model, quant, dtype, device)
         render.result(result, *doctor_view(result))
 
 
-def _examine(quant: str, dtype: str, device: str) -> dict[str, Any]:
+def _examine(model: str | None, quant: str, dtype: str, device: str) -> dict[str, Any]:
     import platform
 
     import torch
 
     from ie.base.load import plan_load
+    from ie.training.memory import estimate_memory
 
     plan = plan_load(quant, dtype, device)
     on_gpu = plan.device.type == "cuda"
@@ -48,11 +57,12 @@ def _examine(quant: str, dtype: str, device: str) -> dict[str, Any]:
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
         "bf16": _has_bf16(on_gpu),
         "versions": {name: _version(name) for name in LIBRARIES},
-        "base": DEFAULT_MODEL,
+        "base": model or DEFAULT_MODEL,
         "device": str(plan.device),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "quant": plan.quant,
         "reason": plan.reason,
+        "memory_estimate": None if model is None else estimate_memory(model, plan),
     }
 
 

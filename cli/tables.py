@@ -262,4 +262,9 @@ def doctor_view(result: Json) -> View:
     }
     plan = {key: result[key] for key in ("base", "device", "dtype", "quant", "reason")}
     versions = {name: version or "not installed" for name, version in result["versions"].items()}
-    return [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
+    parts = [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
+    estimate = result.get("memory_estimate")
+    if estimate:
+        sizes = {name.replace("_", " "): size(n_bytes) for name, n_bytes in estimate.items()}
+        parts += [_GAP, _facts("Memory needed (estimate)", sizes)]
+    return parts

@@ -22,7 +22,7 @@ __all__ = ["dense_gradients", "dequantised", "edited", "random_update", "state_h
 
 
 def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:
-    """For each (prompt, answer, instruction) the gradient of its mean answer loss at every edit target's weight,
+    """For each (prompt, answer, instruction) the gradient of its summed answer loss at every edit target's weight,
     as (d_out, d_in), from a full run of a trainable copy, one text at a time.
     """
     model = copy.deepcopy(base.model).requires_grad_(True)
@@ -31,7 +31,7 @@ def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> 
         text = base.encode(prompt, answer, instruction)
         ids = torch.tensor([text.ids])
         logits = model(input_ids=ids, use_cache=False).logits[0, text.n_prompt - 1 : -1]
-        loss = nn.functional.cross_entropy(logits, ids[0, text.n_prompt :])
+        loss = nn.functional.cross_entropy(logits, ids[0, text.n_prompt :], reduction="sum")
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         modules = {target.name: model.get_submodule(target.name) for target in base.targets}

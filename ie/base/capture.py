@@ -1,8 +1,8 @@
 """Signals: the activations u and deltas δ that an edit request causes in the edit targets.
 
-One forward and one backward pass over a batch of independent requests. The loss is a sum of one term for each
-request, so no request's gradient holds anything of another. Only tokens with a gradient are kept: in the last block
-these are the positions that predict the target, before it every editable token up to them.
+One forward and one backward pass over a batch of independent requests. The loss is the sum of the negative
+log-likelihoods of all target tokens, so no request's gradient holds anything of another. Only tokens with a gradient
+are kept: in the last block these are the positions that predict the target, before it every editable token up to them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ie.base.capture import Signals, answer_nll, recording
+from ie.base.capture import Signals, recording
 from ie.base.prefix import PrefixStore
 from ie.base.store import TextStore
 from ie.base.suffix import Decoder, run_suffix
@@ -118,7 +118,9 @@ class Base:
             recording(self.model, self.targets) as recorder,
         ):
             logits = run_suffix(self.decoder, batch, hidden)
-            loss = answer_nll(logits, batch.labels, batch.rows, len(batch.texts)).sum()
+            # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
+            # be moved as far as a short answer's.
+            loss = nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
             return recorder.signals(loss, batch.editable)
 
     @torch.no_grad()

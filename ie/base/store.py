@@ -11,7 +11,6 @@ from ie.data.tokens import Text
 __all__ = ["TextStore"]
 
 
-
 class TextStore:
     """Keeps one tensor for each different text; texts beyond the budget are computed each time.
 

@@ -54,7 +54,7 @@ class TrainSettings(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 700
+    steps: PositiveInt = 500
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -65,10 +65,10 @@ class TrainSettings(BaseModel):
     rate: PositiveFloat = 1e-3
     learning_rate: PositiveFloat = 3e-3
     rate_learning_rate: PositiveFloat = 1e-2
-    locality_weight: NonNegativeFloat = 1.0
+    locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
     plain_share: NonNegativeFloat = 0.7
-    validate_every: PositiveInt = 200
+    validate_every: PositiveInt = 100
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6
     n_fit: PositiveInt = 256

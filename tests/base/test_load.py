@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_another_model_has_another_fingerprint(load: Callable[..., Base], checkp
 
 
 def test_shards_do_not_change_the_fingerprint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copy(checkpoint("llama") / "config.json", tmp_path)
     whole = load_file(checkpoint("llama") / "model.safetensors")
     names = sorted(whole)
     save_file({name: whole[name] for name in names[::2]}, tmp_path / "model-00001.safetensors")
@@ -60,10 +62,20 @@ def test_shards_do_not_change_the_fingerprint(checkpoint: Callable[..., Path], t
 
 
 def test_a_renamed_tensor_changes_the_fingerprint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copy(checkpoint("llama") / "config.json", tmp_path)
     tensors = load_file(checkpoint("llama") / "model.safetensors")
     tensors["model.other.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
     assert fingerprint_checkpoint(tmp_path) != fingerprint_checkpoint(checkpoint("llama"))
+
+
+def test_another_configuration_changes_the_fingerprint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("llama"), tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for key, value, same in (("dtype", "bfloat16", True), ("rms_norm_eps", 0.5, False)):
+        config[key] = value
+        (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+        assert (fingerprint_checkpoint(tmp_path / "copy") == fingerprint_checkpoint(checkpoint("llama"))) is same
 
 
 def test_quantised_logits_are_near(load: Callable[..., Base]) -> None:

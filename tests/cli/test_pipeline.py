@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,25 @@ def test_another_base_is_refused(place: Path, tmp_path: Path, checkpoint: Callab
 def test_eval_refuses_a_holdout_that_was_trained_on(place: Path) -> None:
     said = ie("eval", "--data", place / "data", "--editor", place / "editor", "--holdout", "people", code=2)
     assert "was trained on it" in said
+
+
+def test_ctrl_c_leaves_the_best_editor_so_far(place: Path, tmp_path: Path) -> None:
+    args = ["train", "--data", place / "data", "--out", tmp_path / "editor", "--config", place / "quick.yaml"]
+    command = [sys.executable, "-c", "from ie.cli.app import main; main()", *map(str, args), "--steps", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "step 8/" in line and "validation" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130, "".join(said) + rest
+        assert process.stdout.read() == ""
+    assert "error: interrupted" in rest and f"hint: the best editor so far is in {tmp_path / 'editor'}" in rest
+    assert "Traceback" not in rest
+    ie("eval", "--data", place / "data", "--editor", tmp_path / "editor", "--limit", 1, "--tasks", "people")
 
 
 @pytest.mark.parametrize("quant", ["8bit", "4bit"])

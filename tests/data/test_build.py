@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -248,14 +249,14 @@ def test_a_failure_while_writing_leaves_no_trace(tmp_path, write, make_facts, mo
 def test_a_failure_while_replacing_brings_the_old_one_back(tmp_path, write, make_facts, monkeypatch):
     out, source = tmp_path / "out", Source("people", None, write(make_facts(30)))
     build(out, [source])
-    before, replace = files(out), build_module.os.replace
+    before, replace = files(out), os.replace
 
     def fail(old, new):
         if str(old).endswith(".new"):
             raise PermissionError(13, "Permission denied")
         replace(old, new)
 
-    monkeypatch.setattr(build_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
         build(out, [source], force=True, seed=1)
     assert files(out) == before
