@@ -262,7 +262,7 @@ def doctor_view(result: Json) -> View:
     }
     plan = {key: result[key] for key in ("base", "device", "dtype", "quant", "reason")}
     versions = {name: version or "not installed" for name, version in result["versions"].items()}
-    parts = [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
+    parts: View = [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
     estimate = result.get("memory_estimate")
     if estimate:
         sizes = {name.replace("_", " "): size(n_bytes) for name, n_bytes in estimate.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ie.base.load import Plan, resolve_folder
 from ie.base.model import PREFIX_BUDGET_BYTES, REFERENCE_BUDGET_BYTES
@@ -69,12 +69,12 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     }
 
 
-def _meta_model(name: str) -> nn.Module:
+def _meta_model(name: str) -> PreTrainedModel:
     source = resolve_folder(name) if name == "toy" or Path(name).exists() else name
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name} has no configuration of a causal LM that transformers can read: {reason}") from error
