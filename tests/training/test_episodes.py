@@ -63,11 +63,22 @@ def test_queries_belong_to_their_edit() -> None:
     assert len(made.requests) == 6 and len(made.wanted) == 12 and len(made.kept) == 6 * 3
     for edit, one in enumerate(RECORDS[:6]):
         own = [ask for ask in made.wanted if ask.edit == edit]
-        assert own[0].prompt == one.prompt and own[1].prompt in one.rephrases
+        assert own[0].prompt == made.requests[edit].prompt != own[1].prompt
+        assert {ask.prompt for ask in own} <= {one.prompt, *one.rephrases}
         assert {ask.answer for ask in own} == {one.target}
         kept = [ask for ask in made.kept if ask.edit == edit]
         assert kept[0] == Ask(one.locality[0].prompt, "Edda", None, edit)
         assert all(ask.prompt != one.prompt for ask in kept) and len({ask.prompt for ask in kept}) == 3
+
+
+def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:
+    made = [make_episodes(RECORDS[:1], random.Random(seed), instructed=True, plain_share=0.5, n_negatives=0)
+            for seed in range(400)]  # fmt: skip
+    n_own = sum(one.requests[0].prompt == RECORDS[0].prompt for one in made)
+    assert abs(n_own - 200) < 40  # binomial with n 400 and p 1/2: four standard deviations
+    assert {one.requests[0].prompt for one in made} == {RECORDS[0].prompt, *RECORDS[0].rephrases}
+    asked = {one.wanted[1].prompt for one in made if one.requests[0].prompt != RECORDS[0].prompt}
+    assert RECORDS[0].prompt in asked
 
 
 @pytest.mark.parametrize(("plain_share", "n_instructed"), [(0.0, 80), (1.0, 0)])
