@@ -77,7 +77,7 @@ def train(
     dtype: Dtype = "auto",
     device: Device = "auto",
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="700")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="500")
     ] = None,
     minutes: Annotated[
         float | None,

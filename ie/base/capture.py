@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ie.base.targets import EditTarget
 
-__all__ = ["ModuleSignals", "Signals", "answer_nll", "recording"]
+__all__ = ["ModuleSignals", "Signals", "recording", "row_mean"]
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,8 @@ class Signals:
     n_edits: int
 
 
-def answer_nll(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Mean negative log-likelihood of each row's answer tokens, (n_rows,) float32.
-
-    Args:
-        logits: (n_answer, n_vocab) at the positions that predict the answers.
-        labels: (n_answer,) int64.
-        rows: (n_answer,) int64, the row of each answer token.
-        n_rows: number of rows.
-    """
-    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    return row_mean(losses, rows, n_rows)
-
-
 def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Mean of the values of each row, (n_rows,)."""
+    """Mean of the values (n_answer,) of each row, (n_rows,); `rows` (n_answer,) int64 names each value's row."""
     total = values.new_zeros(n_rows).index_add(0, rows, values)
     return total / torch.bincount(rows, minlength=n_rows).clamp(min=1)
 

@@ -3,7 +3,8 @@
     L = NLL(edited model | wanted answers) + c · KL(base || edited model | answers to keep)
 
 NLL is taken on the edit prompt and on a rephrase, not on the edit prompt alone as published code does: generalization
-is trained, not hoped for. KL is taken at the positions that predict the answer, over the whole vocabulary.
+is trained, not hoped for. It is the whole answer's, a sum over its tokens: greedy decoding must get every token of a
+long name right. KL is taken at the positions that predict the answer, over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base.asking import Ask
-from ie.base.capture import answer_nll, row_mean
+from ie.base.capture import row_mean
 from ie.base.model import Base
 from ie.editor.editor import Editor
 from ie.editor.request import collate_requests
@@ -48,8 +49,8 @@ def episode_loss(base: Base, editor: Editor, episodes: Episodes) -> Loss:
         logits = base.logits(batch, update, edits).float()
         n_answer = int((batch.rows < n_wanted).sum())
         wanted, kept = logits.tensor_split([n_answer])
-        rows = batch.rows[:n_answer]
-        edit = edit + answer_nll(wanted, batch.labels[:n_answer], rows, n_wanted).sum() / len(episodes.wanted)
+        nll = nn.functional.cross_entropy(wanted, batch.labels[:n_answer], reduction="sum")
+        edit = edit + nll / len(episodes.wanted)
         if n_answer < len(logits):
             divergence = _kl(base.log_probs(batch.texts[n_wanted:]), kept)
             per_text = row_mean(divergence, batch.rows[n_answer:] - n_wanted, len(chosen) - n_wanted)

@@ -54,7 +54,7 @@ class TrainSettings(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 700
+    steps: PositiveInt = 500
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True

@@ -122,7 +122,7 @@ def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callab
     nll = []
     for ask in made.wanted:
         found, labels = log_probabilities(models[ask.edit], ask)
-        nll.append(-found.gather(-1, labels[:, None]).mean())
+        nll.append(-found.gather(-1, labels[:, None]).sum())
     kl = []
     for ask in made.kept:
         before, _ = log_probabilities(base.model, ask)
