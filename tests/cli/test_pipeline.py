@@ -101,7 +101,11 @@ def test_eval_refuses_a_holdout_that_was_trained_on(place: Path) -> None:
 
 def test_ctrl_c_leaves_the_best_editor_so_far(place: Path, tmp_path: Path) -> None:
     args = ["train", "--data", place / "data", "--out", tmp_path / "editor", "--config", place / "quick.yaml"]
-    command = [sys.executable, "-c", "from ie.cli.app import main; main()", *map(str, args), "--steps", "100000"]
+    # A suite run in the background of a shell inherits an ignored SIGINT: give the process the one of a terminal.
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ie.cli.app import main; main()"
+    )
+    command = [sys.executable, "-c", start, *map(str, args), "--steps", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None and process.stdout is not None
         said = []
