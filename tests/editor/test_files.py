@@ -64,7 +64,9 @@ def test_the_folder_holds_two_files(saved: Path) -> None:
 
 
 def test_the_base_may_be_quantised_anew(load: Callable[..., Base], saved: Path) -> None:
-    load_editor(saved, load("llama", "8bit"))
+    anew, _ = load_editor(saved, load("llama", "8bit"))
+    exact, _ = load_editor(saved, load("llama"))
+    assert all(torch.equal(anew.state_dict()[name], tensor) for name, tensor in exact.state_dict().items())
 
 
 def test_another_base_is_refused(load: Callable[..., Base], checkpoint: Callable[..., Path], saved: Path) -> None:
