@@ -69,7 +69,8 @@ def _dequantised_weight(module: Any) -> Tensor | None:
     """(d_out, d_in) float32, or None if the module is not quantised."""
     kind = type(module).__name__
     if kind == "Linear8bitLt":  # a scale for each output, 127 steps
-        weight: Tensor = module.state.CB.float() * module.state.SCB[:, None] / 127
+        held = module.weight if module.state.CB is None else module.state  # the first forward run moves them
+        weight: Tensor = held.CB.float() * held.SCB[:, None] / 127
         return weight
     if kind == "Linear4bit":
         return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()

@@ -20,7 +20,7 @@ from ie.base.model import Base
 from ie.base.update import Update
 from ie.data.tokens import Text
 
-__all__ = ["Ask", "answers", "continuations", "log_likelihoods", "matches", "normalise", "predictions"]
+__all__ = ["Ask", "answers", "by_length", "continuations", "log_likelihoods", "matches", "normalise", "predictions"]
 
 _BATCH_TOKENS = 4096
 _EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
@@ -47,7 +47,7 @@ class Ask:
 def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[tuple[int, ...]]:
     """For each question the arg-max tokens at the answer's positions, the answer itself being forced."""
     out: list[tuple[int, ...]] = [()] * len(asks)
-    for indices, texts in _batches(base, asks):
+    for indices, texts in by_length(base, asks, _BATCH_TOKENS):
         batch = base.collate(texts)
         with torch.no_grad():
             best = base.logits(batch, update, _rows(asks, indices, update, base)).argmax(-1)
@@ -60,7 +60,7 @@ def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -
 def log_likelihoods(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[float]:
     """For each question the mean log-probability of the answer's tokens."""
     out = [0.0] * len(asks)
-    for indices, texts in _batches(base, asks):
+    for indices, texts in by_length(base, asks, _BATCH_TOKENS):
         batch = base.collate(texts)
         with torch.no_grad():
             logits = base.logits(batch, update, _rows(asks, indices, update, base)).float()
@@ -77,10 +77,13 @@ def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> li
     ends, if that is the end of a word.
     """
     out = [""] * len(asks)
-    for indices, texts in _batches(base, asks):
-        limits = [(len(text.ids) - text.n_prompt or _FREE_TOKENS) + _EXTRA_TOKENS for text in texts]
-        written = base.generate(texts, max(limits), update, _rows(asks, indices, update, base))
-        for index, limit, ids in zip(indices, limits, written, strict=True):
+    limits = [_limit(base, ask) for ask in asks]
+    # A batch is decoded up to its largest limit: no limit in it is more than twice another.
+    doublings = [(limit - 1).bit_length() for limit in limits]
+    for indices, texts in by_length(base, asks, _BATCH_TOKENS, doublings):
+        written = base.generate(texts, max(limits[i] for i in indices), update, _rows(asks, indices, update, base))
+        for index, ids in zip(indices, written, strict=True):
+            limit = limits[index]
             shown = base.tokenizer.decode(ids[:limit]).strip()
             ended = len(ids) < limit or "\n" in shown
             out[index] = shown.split("\n")[0].strip() if ended else _cut(shown, asks[index].answer)
@@ -90,11 +93,17 @@ def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> li
 def continuations(base: Base, asks: Sequence[Ask], n_tokens: int, update: Update | None = None) -> list[list[int]]:
     """For each question exactly `n_tokens` greedy tokens, ends of text passed over."""
     out: list[list[int]] = [[]] * len(asks)
-    for indices, texts in _batches(base, asks):
+    for indices, texts in by_length(base, asks, _BATCH_TOKENS):
         written = base.generate(texts, n_tokens, update, _rows(asks, indices, update, base), through_end=True)
         for index, ids in zip(indices, written, strict=True):
             out[index] = ids
     return out
+
+
+def _limit(base: Base, ask: Ask) -> int:
+    """How many tokens an answer may have."""
+    text = base.encode(ask.prompt, ask.answer, ask.instruction)
+    return (len(text.ids) - text.n_prompt or _FREE_TOKENS) + _EXTRA_TOKENS
 
 
 def _cut(shown: str, awaited: str) -> str:
@@ -112,12 +121,27 @@ def matches(answer: str, target: str) -> bool:
     return normalise(answer) == normalise(target)
 
 
-def _batches(base: Base, asks: Sequence[Ask]) -> Iterator[tuple[list[int], list[Text]]]:
+def by_length(
+    base: Base, asks: Sequence[Ask], n_tokens: int, groups: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], list[Text]]]:
+    """Questions sorted by length and cut into batches.
+
+    Args:
+        base: the base model.
+        asks: n questions.
+        n_tokens: at most so many tokens in a batch, padding counted.
+        groups: n groups; questions of two groups share no batch. None if all may.
+
+    Yields:
+        The indices and the texts of a batch.
+    """
     texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
-    order = sorted(range(len(asks)), key=lambda i: len(texts[i].ids))
+    groups = groups or [0] * len(asks)
+    order = sorted(range(len(asks)), key=lambda i: (groups[i], len(texts[i].ids)))
     indices: list[int] = []
     for index in order:
-        if indices and (len(indices) + 1) * len(texts[index].ids) > _BATCH_TOKENS:
+        full = (len(indices) + 1) * len(texts[index].ids) > n_tokens
+        if indices and (full or groups[index] != groups[indices[0]]):
             yield indices, [texts[i] for i in indices]
             indices = []
         indices.append(index)

@@ -21,7 +21,7 @@ from ie.base.suffix import Decoder
 from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets
 from ie.errors import InputError, ModelError
 
-__all__ = ["TOY_FOLDER", "Plan", "load_base", "plan_load", "resolve_folder"]
+__all__ = ["TOY_FOLDER", "Plan", "load_base", "meta_model", "plan_load", "resolve_folder"]
 
 Quant = Literal["auto", "8bit", "4bit", "none"]
 TOY_FOLDER = Path(__file__).parent / "toy_base"
@@ -98,6 +98,23 @@ def resolve_folder(name: str) -> Path:
         ) from error
 
 
+def meta_model(name: str) -> PreTrainedModel:
+    """A base model's modules and shapes from its configuration alone, on the meta device: no weight is loaded.
+
+    Raises:
+        ModelError: if the configuration cannot be read.
+    """
+    source = resolve_folder(name) if name == "toy" or Path(name).exists() else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name} has no configuration of a causal LM that transformers can read: {reason}") from error
+    return model
+
+
 def load_base(
     name: str = "toy",
     *,
@@ -152,6 +169,9 @@ def load_base(
 def _load_model(folder: Path, plan: Plan) -> PreTrainedModel:
     _quiet()
     options: dict[str, Any] = {"dtype": plan.dtype, "device_map": {"": plan.device}}
+    if plan.device.type == "cpu" and plan.dtype == torch.bfloat16:
+        # On a CPU torch's fused attention builds a kernel for each new shape in bf16: ten times the time of its parts.
+        options["attn_implementation"] = "eager"
     if plan.quant == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     elif plan.quant == "4bit":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 
 from ie.base.capture import Signals, recording
 from ie.base.prefix import PrefixStore
+from ie.base.statefile import StateFile
 from ie.base.store import TextStore
-from ie.base.suffix import Decoder, run_suffix
+from ie.base.suffix import Decoder, run_head, run_suffix, run_to_head
 from ie.base.targets import EditTarget
 from ie.base.update import Update, adding
 from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
@@ -22,6 +25,7 @@ from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 __all__ = ["Base"]
 
 PREFIX_BUDGET_BYTES = 2 * 1024**3
+PREFIX_FILE_BUDGET_BYTES = 32 * 1024**3
 REFERENCE_BUDGET_BYTES = 512 * 1024**2
 _MAX_TEXT_TOKENS = 1024
 
@@ -66,10 +70,12 @@ class Base:
     @cached_property
     def prefixes(self) -> PrefixStore:
         """Hidden states that enter the first edited block."""
-        return PrefixStore(self.decoder, PREFIX_BUDGET_BYTES)
+        key = f"{self.fingerprint}-{self.quant}-{self.decoder.first}"
+        store = TextStore(PREFIX_BUDGET_BYTES, lambda text: text.ids, partial(_open_file, key, self.model))
+        return PrefixStore(self.decoder, store)
 
     @cached_property
-    def _references(self) -> TextStore:
+    def _into_head(self) -> TextStore:
         return TextStore(REFERENCE_BUDGET_BYTES)
 
     @property
@@ -97,17 +103,19 @@ class Base:
             return run_suffix(self.decoder, batch, hidden)
 
     @torch.no_grad()
-    def log_probs(self, texts: Sequence[Text]) -> Tensor:
-        """The base's own log-probabilities (n_answer, n_vocab) float32 where answers are predicted, text by text.
+    def reference_logits(self, texts: Sequence[Text]) -> Tensor:
+        """The base's own logits (n_answer, n_vocab) where answers are predicted, text by text.
 
-        Each text's are computed once and kept, up to a budget: what an edit must not change is asked again and again.
+        What enters the output head is computed once for each text and kept, up to a budget: what an edit must not
+        change is asked again and again.
         """
 
         def compute(new: list[Text]) -> Sequence[Tensor]:
-            found = self.logits(self.collate(new)).float().log_softmax(-1)
-            return [part.clone() for part in torch.split(found, [len(text.ids) - text.n_prompt for text in new])]
+            batch = self.collate(new)
+            seen = run_to_head(self.decoder, batch, self.prefixes.hidden(batch))
+            return [part.clone() for part in torch.split(seen, [len(text.ids) - text.n_prompt for text in new])]
 
-        return torch.cat(self._references.get(texts, compute))
+        return run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
 
     def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
@@ -162,3 +170,12 @@ class Base:
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
         return ids[:end]
+
+
+def _open_file(key: str, model: nn.Module) -> StateFile | None:
+    """The file of hidden states beyond the memory's budget; None where none can be written."""
+    folder = Path(os.environ.get("IE_CACHE") or Path.home() / ".cache" / "instructedit") / "prefix" / key
+    try:
+        return StateFile(folder, model.config.hidden_size, PREFIX_FILE_BUDGET_BYTES)  # type: ignore[union-attr,arg-type]
+    except OSError:
+        return None

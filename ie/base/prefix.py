@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,27 +18,21 @@ class PrefixStore:
 
     Args:
         decoder: the split base model.
-        budget_bytes: how much to keep; texts beyond it are computed each time.
+        store: where they are kept.
     """
 
-    def __init__(self, decoder: Decoder, budget_bytes: int) -> None:
+    def __init__(self, decoder: Decoder, store: TextStore) -> None:
         self._decoder = decoder
-        self._store = TextStore(budget_bytes, key=lambda text: text.ids)
-
-    @property
-    def n_bytes(self) -> int:
-        """How much is kept."""
-        return self._store.n_bytes
-
-    def __len__(self) -> int:
-        return len(self._store)
+        self.store = store
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """Hidden states (n, t, d_model) of a batch, zero on padding."""
+        """Hidden states (n, t, d_model) of a batch in the model's dtype, zero on padding."""
 
         def compute(texts: list[Text]) -> list[Tensor]:
             # Any id will do on padding: causal attention never looks to the right.
-            hidden = run_prefix(self._decoder, collate(texts, pad_id=0, device=batch.ids.device))
+            hidden = run_prefix(self._decoder, collate(texts, pad_id=0, device=batch.ids.device)).cpu()
             return [hidden[row, : len(text.ids)].clone() for row, text in enumerate(texts)]
 
-        return pad_sequence(self._store.get(batch.texts, compute), batch_first=True)
+        found = self.store.get(batch.texts, compute)
+        dtype: torch.dtype = self._decoder.model.dtype  # type: ignore[assignment]
+        return pad_sequence([one.to(dtype) for one in found], batch_first=True).to(batch.ids.device)

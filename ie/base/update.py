@@ -46,12 +46,13 @@ def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
         a, b = a.index_select(0, rows), b.index_select(0, rows)  # its gradient is far cheaper than that of a[rows]
 
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
+        # In the model's dtype: casting activations up costs more than the low-rank products themselves.
+        x, into, out_of = args[0], a.to(args[0].dtype), b.to(args[0].dtype)
         if a.shape[0] == 1:
-            low = x.to(a.dtype) @ a[0].T @ b[0]
+            low = x @ into[0].T @ out_of[0]
         else:
             # OPT flattens (rows, tokens) before its MLP; the leading rows are recovered from the factors.
-            low = torch.bmm(torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a.mT), b)
+            low = torch.bmm(torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]), into.mT), out_of)
         return output + low.to(output.dtype).view_as(output)
 
     return add

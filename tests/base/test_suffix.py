@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from ie.base import Base
 from ie.base.prefix import PrefixStore
-from ie.base.suffix import run_prefix, run_suffix
+from ie.base.statefile import StateFile
+from ie.base.store import TextStore
+from ie.base.suffix import run_head, run_prefix, run_suffix, run_to_head
 from ie.data.tokens import TokenBatch
 from tests.models import ARCHITECTURES
 
@@ -114,34 +117,73 @@ def test_a_forward_of_its_own_is_put_back(load: Callable[..., Base]) -> None:
         del block.__dict__["forward"]
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_enters_the_head_gives_the_logits_again(load: Callable[..., Base], name: str) -> None:
+    base = load(name)
+    batch = batch_of(base)
+    before = methods(base.model)
+    into_head = run_to_head(base.decoder, batch, run_prefix(base.decoder, batch))
+    assert into_head.shape == (int(batch.predicts.sum()), base.model.config.hidden_size)
+    # Scaling and soft caps behind the head (Gemma 2) included; the head's product has another shape.
+    torch.testing.assert_close(run_head(base.decoder, into_head), base.logits(batch), atol=1e-5, rtol=1e-5)
+    assert methods(base.model) == before
+
+
+def test_reference_logits_are_kept(load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("gemma2")
+    texts = batch_of(base).texts
+    first = base.reference_logits(texts)
+    torch.testing.assert_close(first, base.logits(batch_of(base)), atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr("ie.base.model.run_to_head", None)  # a second run of the blocks would fail
+    assert torch.equal(base.reference_logits(texts), first)
+
+
+def store_of(base: Base, budget_bytes: int, file: Callable[[], StateFile | None] = lambda: None) -> PrefixStore:
+    return PrefixStore(base.decoder, TextStore(budget_bytes, lambda text: text.ids, file))
+
+
 class TestPrefixStore:
     def test_it_returns_what_a_fresh_run_does(self, load: Callable[..., Base]) -> None:
         base = load("llama")
-        store, batch = PrefixStore(base.decoder, 2**20), batch_of(base)
+        prefixes, batch = store_of(base, 2**20), batch_of(base)
         fresh = run_prefix(base.decoder, batch) * batch.mask[..., None]
-        first = store.hidden(batch)
+        first = prefixes.hidden(batch)
         assert torch.equal(first, fresh)
-        assert torch.equal(store.hidden(batch), first)
-        assert len(store) == 3
+        assert torch.equal(prefixes.hidden(batch), first)
+        assert len(prefixes.store) == 3
 
     def test_kept_texts_join_new_ones_in_any_order(self, load: Callable[..., Base]) -> None:
         base = load("gpt2")
-        store = PrefixStore(base.decoder, 2**20)
-        store.hidden(batch_of(base, TEXTS[:1]))
+        prefixes = store_of(base, 2**20)
+        prefixes.hidden(batch_of(base, TEXTS[:1]))
         batch = batch_of(base, (TEXTS[2], TEXTS[0], TEXTS[1], TEXTS[2]))
         fresh = run_prefix(base.decoder, batch) * batch.mask[..., None]
         # Texts were run in batches of other shapes.
-        torch.testing.assert_close(store.hidden(batch), fresh, atol=1e-6, rtol=1e-6)
-        assert len(store) == 3
+        torch.testing.assert_close(prefixes.hidden(batch), fresh, atol=1e-6, rtol=1e-6)
+        assert len(prefixes.store) == 3
 
     def test_it_respects_its_budget(self, load: Callable[..., Base]) -> None:
         base = load("llama")
         batch = batch_of(base)
         sizes = [len(text.ids) * 64 * 4 for text in batch.texts]
-        store = PrefixStore(base.decoder, sizes[0] + sizes[1])
-        fresh = store.hidden(batch)
-        assert (len(store), store.n_bytes) == (2, sizes[0] + sizes[1])
-        assert torch.equal(store.hidden(batch)[2], fresh[2])  # beyond the budget: computed again
-        nothing = PrefixStore(base.decoder, 0)
+        prefixes = store_of(base, sizes[0] + sizes[1])
+        fresh = prefixes.hidden(batch)
+        assert (len(prefixes.store), prefixes.store.n_bytes) == (2, sizes[0] + sizes[1])
+        assert torch.equal(prefixes.hidden(batch)[2], fresh[2])  # beyond the budget: computed again
+        nothing = store_of(base, 0)
         assert torch.equal(nothing.hidden(batch), fresh)
-        assert (len(nothing), nothing.n_bytes) == (0, 0)
+        assert (len(nothing.store), nothing.store.n_bytes) == (0, 0)
+
+    def test_beyond_the_budget_a_file_keeps_bf16(
+        self, load: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = load("llama")
+        batch = batch_of(base)
+        prefixes = store_of(base, len(batch.texts[0].ids) * 64 * 4, lambda: StateFile(tmp_path, 64, 2**20))
+        fresh = prefixes.hidden(batch)
+        n_tokens = sum(len(text.ids) for text in batch.texts[1:])
+        assert (len(prefixes.store), prefixes.store.n_file_bytes) == (3, n_tokens * 64 * 2)
+        monkeypatch.setattr("ie.base.prefix.run_prefix", None)  # a second run would fail
+        again = prefixes.hidden(batch)
+        assert torch.equal(again[0], fresh[0])
+        assert torch.equal(again[1:], fresh[1:].bfloat16().float())
