@@ -7,6 +7,9 @@
 
 Each *forced* (share of answer tokens that are the arg-max, the answer being given) or *generated* (greedy decoding,
 exact match), each *plain* or *instructed*. A record counts once, with the mean over its questions of one kind.
+
+All questions of a batch of records are asked together, and each different one once; figures are made of the answers
+afterwards.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ie.base.asking import Ask, answers, continuations, log_likelihoods, matches, predictions
+from ie.base.asking import Ask, matches
 from ie.base.model import Base
 from ie.base.update import Update
 from ie.data.record import Record
 from ie.evaluation.metrics import mean, ngram_entropy, share_equal
+from ie.evaluation.respondent import Respondent
 
 __all__ = ["METRICS", "Figures", "is_opinion", "measure", "questions"]
 
 METRICS = ("reliability", "generalization", "portability", "locality")
 _FLUENCY_TOKENS = 32
+
+_Replies = dict[Ask, float]  # each with its share in the wanted side's gain on the other
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ def measure(
     generate: bool = True,
     queries: Sequence[str] = ("plain", "instructed"),
     metrics: Sequence[str] = METRICS,
+    before: Respondent | None = None,
 ) -> list[Figures]:
     """Ask every question of some records, each record under its own edit.
 
@@ -71,23 +78,40 @@ def measure(
         generate: whether to decode greedily too, and to measure fluency.
         queries: `plain`, `instructed`, or both.
         metrics: which of `METRICS`.
+        before: the unedited base with all that it has answered so far; None for one that has answered nothing.
     """
-    out: list[Figures] = []
+    before = before or Respondent(base)
+    after = before if update is None else Respondent(base, update)
+    asked: dict[tuple[str, str], list[Ask]] = {}
+    replies: dict[str, list[_Replies]] = {}
     for query in queries:
         shown = [text if query == "instructed" else None for text in instructions]
         for metric in metrics:
             if metric == "locality" and query == "instructed":
                 continue  # an unrelated question comes from a user who knows of no edit
-            asks = [ask for i, record in enumerate(records) for ask in questions(record, metric, i, shown[i])]
-            out.append(_figures(metric, query, "forced", asks, _forced(base, metric, asks, update)))
-            if generate:
-                out.append(_figures(metric, query, "generated", asks, _generated(base, metric, asks, update)))
+            asked[metric, query] = [ask for i, one in enumerate(records) for ask in questions(one, metric, i, shown[i])]
         if "generalization" in metrics:
-            opinions = [i for i, record in enumerate(records) if is_opinion(record)]
-            gains = _opinion_gains(base, records, opinions, shown, update)
-            out.append(Figures("generalization", query, "forced", gains))
+            replies[query] = [_replies(one, i, shown[i]) for i, one in enumerate(records) if is_opinion(one)]
+    # Asked together, in full batches: the figures then find every answer known.
+    every = [ask for asks in asked.values() for ask in asks]
+    after.predictions(every)
+    if generate:
+        after.answers(every)
+    weighed = [ask for of_query in replies.values() for one in of_query for ask in one]
+    before.log_likelihoods(weighed)
+    after.log_likelihoods(weighed)
+
+    out: list[Figures] = []
+    for query in queries:
+        for metric in metrics:
+            asks = asked.get((metric, query), [])
+            out.append(_figures(metric, query, "forced", asks, _forced(before, after, metric, asks)))
+            if generate:
+                out.append(_figures(metric, query, "generated", asks, _generated(before, after, metric, asks)))
+        gains = tuple(_gains(before, after, one) for one in replies.get(query, []))
+        out.append(Figures("generalization", query, "forced", gains))
     if generate and "plain" in queries:
-        out.append(Figures("fluency", "plain", "generated", _fluency(base, records, update)))
+        out.append(Figures("fluency", "plain", "generated", _fluency(after, records)))
     return [figures for figures in out if figures.values]
 
 
@@ -98,41 +122,38 @@ def _figures(metric: str, query: str, decoding: str, asks: Sequence[Ask], values
     return Figures(metric, query, decoding, tuple(mean(group) for group in of_record.values()))
 
 
-def _forced(base: Base, metric: str, asks: Sequence[Ask], update: Update | None) -> list[float]:
-    after = predictions(base, asks, update)
+def _forced(before: Respondent, after: Respondent, metric: str, asks: Sequence[Ask]) -> list[float]:
     if metric == "locality":
-        expected = predictions(base, asks)
+        expected = before.predictions(asks)
     else:
-        texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
+        texts = [after.base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
         expected = [text.ids[text.n_prompt :] for text in texts]
-    return [share_equal(seen, right) for seen, right in zip(after, expected, strict=True)]
+    return [share_equal(seen, right) for seen, right in zip(after.predictions(asks), expected, strict=True)]
 
 
-def _generated(base: Base, metric: str, asks: Sequence[Ask], update: Update | None) -> list[float]:
-    after = answers(base, asks, update)
-    expected = answers(base, asks) if metric == "locality" else [ask.answer for ask in asks]
-    return [float(matches(seen, right)) for seen, right in zip(after, expected, strict=True)]
+def _generated(before: Respondent, after: Respondent, metric: str, asks: Sequence[Ask]) -> list[float]:
+    expected = before.answers(asks) if metric == "locality" else [ask.answer for ask in asks]
+    return [float(matches(seen, right)) for seen, right in zip(after.answers(asks), expected, strict=True)]
 
 
-def _opinion_gains(
-    base: Base, records: Sequence[Record], chosen: Sequence[int], shown: Sequence[str | None], update: Update | None
-) -> tuple[float, ...]:
-    """1 for each record whose wanted side's unseen replies gain on the other side's in mean log-probability."""
-    if update is None:
-        return (0.0,) * len(chosen)  # nothing changes, so nothing gains
-    asks, signs = [], []
-    for i in chosen:
-        for side, sign in (("wanted", 1.0), ("unwanted", -1.0)):
-            replies = [reply for reply in records[i].fields[side] if reply != records[i].target]
-            asks += [Ask(records[i].prompt, reply, shown[i], i) for reply in replies]
-            signs += [sign / len(replies)] * len(replies)
-    before, after = log_likelihoods(base, asks), log_likelihoods(base, asks, update)
-    gains = dict.fromkeys(chosen, 0.0)
-    for ask, sign, low, high in zip(asks, signs, before, after, strict=True):
-        gains[ask.edit] += sign * (high - low)
-    return tuple(float(gain > 0) for gain in gains.values())
+def _replies(record: Record, edit: int, instruction: str | None) -> _Replies:
+    """The unseen replies of both sides to an opinion's prompt, under edit number `edit`."""
+    out: _Replies = {}
+    for side, sign in (("wanted", 1.0), ("unwanted", -1.0)):
+        unseen = [reply for reply in record.fields[side] if reply != record.target]
+        for reply in unseen:
+            ask = Ask(record.prompt, reply, instruction, edit)
+            out[ask] = out.get(ask, 0.0) + sign / len(unseen)
+    return out
 
 
-def _fluency(base: Base, records: Sequence[Record], update: Update | None) -> tuple[float, ...]:
+def _gains(before: Respondent, after: Respondent, replies: _Replies) -> float:
+    """1 if the wanted side's unseen replies gain on the other side's in mean log-probability, else 0."""
+    asks = list(replies)
+    found = zip(replies.values(), before.log_likelihoods(asks), after.log_likelihoods(asks), strict=True)
+    return float(sum(share * (high - low) for share, low, high in found) > 0)
+
+
+def _fluency(after: Respondent, records: Sequence[Record]) -> tuple[float, ...]:
     asks = [Ask(record.prompt, record.target, None, i) for i, record in enumerate(records)]
-    return tuple(ngram_entropy(tokens) for tokens in continuations(base, asks, _FLUENCY_TOKENS, update))
+    return tuple(ngram_entropy(tokens) for tokens in after.continuations(asks, _FLUENCY_TOKENS))

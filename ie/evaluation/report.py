@@ -23,6 +23,7 @@ from ie.errors import InputError
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import mean, wilson
 from ie.evaluation.protocol import Figures, measure
+from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import best_rate
 from ie.versions import now, versions
 
@@ -106,7 +107,8 @@ def evaluate(
     dataset = Dataset.load(data)
     base = load_base(model or (infos[0].base.id if infos else "toy"), quant=quant, dtype=dtype, device=device)
     contestants = [Contestant("none", None, {}), *_editors(base, editors)]
-    contestants += _training_free(base, dataset, methods, tasks, on_note)
+    before = Respondent(base)
+    contestants += _training_free(before, dataset, methods, tasks, on_note)
     rows: list[dict[str, Any]] = []
     for task in tasks or dataset.tasks:
         records = _limited(dataset.records("test", [task]), limit, seed)
@@ -115,11 +117,10 @@ def evaluate(
             continue
         on_note(f"{task}: {len(records)} records")
         instructions = heldout_instructions(records)
-        for one in contestants:
-            figures = _measure(base, one.edit, records, instructions, generate=generate)
-            rows += [_row(task, one, found) for found in figures]
+        measured = [(one, _measure(before, one.edit, records, instructions, generate=generate)) for one in contestants]
+        rows += [_row(task, one, found) for one, figures in measured for found in figures]
         if controls:
-            rows += _controls(base, contestants, task, records, dataset, generate=generate)
+            rows += _controls(before, measured, task, records, dataset, generate=generate)
     if not rows:
         raise InputError(f"{data} has no test record of {', '.join(tasks or dataset.tasks)}")
     return {
@@ -142,19 +143,19 @@ def _editors(base: Base, folders: Sequence[Path]) -> Iterator[Contestant]:
 
 
 def _training_free(
-    base: Base, dataset: Dataset, methods: Sequence[str], tasks: Sequence[str] | None, on_note: OnNote
+    before: Respondent, dataset: Dataset, methods: Sequence[str], tasks: Sequence[str] | None, on_note: OnNote
 ) -> Iterator[Contestant]:
     """The methods that were asked for, each with the rate that does best on validation records."""
     tuning = _limited(dataset.records("validation", tasks), _N_TUNING, seed=0)
     seen = [EditRequest.of(record, None) for record in _limited(dataset.records("train"), _N_FIT, seed=0)]
     makers: dict[str, tuple[Callable[[float], Method], Sequence[float]]] = {
         "finetune": (finetune_method, _FINETUNE_RATES),
-        "gradient": (partial(gradient_method, base, seen), _GRADIENT_RATES),
+        "gradient": (partial(gradient_method, before.base, seen), _GRADIENT_RATES),
     }
     for name in methods:
         if name in makers:
             make, rates = makers[name]
-            rate = best_rate(base, make, rates, tuning)
+            rate = best_rate(before.base, make, rates, tuning, before)
             on_note(f"{name}: rate {rate:g}, chosen on {len(tuning)} validation records")
             yield Contestant(name, make(rate), {"rate": f"{rate:g}"})
 
@@ -166,15 +167,20 @@ def _limited(records: Sequence[Record], limit: int | None, seed: int) -> list[Re
 
 
 def _measure(
-    base: Base, edit: Method | None, records: Sequence[Record], instructions: Sequence[str | None], *, generate: bool
+    before: Respondent,
+    edit: Method | None,
+    records: Sequence[Record],
+    instructions: Sequence[str | None],
+    *,
+    generate: bool,
 ) -> list[Figures]:
     """Measure batch by batch, so that no more than a batch of updates is held."""
     merged: dict[tuple[str, str, str], list[float]] = {}
     for start in range(0, len(records), _BATCH_SIZE):
         part, told = records[start : start + _BATCH_SIZE], instructions[start : start + _BATCH_SIZE]
         requests = [EditRequest.of(record, text) for record, text in zip(part, told, strict=True)]
-        update = None if edit is None else edit(base, requests)
-        for found in measure(base, part, told, update, generate=generate):
+        update = None if edit is None else edit(before.base, requests)
+        for found in measure(before.base, part, told, update, generate=generate, before=before):
             merged.setdefault((found.metric, found.query, found.decoding), []).extend(found.values)
     return [Figures(*key, tuple(values)) for key, values in merged.items()]
 
@@ -203,17 +209,19 @@ def _row(task: str, one: Contestant, found: Figures) -> dict[str, Any]:
 
 
 def _controls(
-    base: Base,
-    contestants: Sequence[Contestant],
+    before: Respondent,
+    measured: Sequence[tuple[Contestant, list[Figures]]],
     task: str,
     records: Sequence[Record],
     dataset: Dataset,
     *,
     generate: bool,
 ) -> list[dict[str, Any]]:
-    """The editors that read instructions, told other things than what is right."""
+    """The editors that read instructions, told other things than what is right.
+
+    They have been measured under unseen wordings already; that is not done again.
+    """
     variants: dict[str, list[str | None]] = {
-        "unseen": heldout_instructions(records),
         "none": [None] * len(records),
         "random": [_RANDOM_SENTENCE] * len(records),
     }
@@ -226,10 +234,13 @@ def _controls(
         told = heldout_instructions(dataset.records("test", [other]))
         variants["wrong-task"] = [told[i % len(told)] for i in range(len(records))] if told else [None] * len(records)
     rows = []
-    for one in contestants:
-        if one.method == "instructedit":
-            for name, instructions in variants.items():
-                control = Contestant(one.method, one.edit, {**one.extra, "control": name})
-                figures = _measure(base, one.edit, records, instructions, generate=generate)
-                rows += [_row(task, control, found) for found in figures]
+    for one, unseen in measured:
+        if one.method != "instructedit":
+            continue
+        found_under = {"unseen": unseen}
+        for name, instructions in variants.items():
+            found_under[name] = _measure(before, one.edit, records, instructions, generate=generate)
+        for name, figures in found_under.items():
+            control = Contestant(one.method, one.edit, {**one.extra, "control": name})
+            rows += [_row(task, control, found) for found in figures]
     return rows

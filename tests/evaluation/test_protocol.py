@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from ie.base import Base
+from ie.base import Base, asking
 from ie.base.asking import Ask, log_likelihoods
 from ie.base.update import Update
 from ie.data.record import Instructions, Question, Record
+from ie.data.tokens import Text
 from ie.editor.methods import Method
 from ie.editor.request import EditRequest
 from ie.evaluation.instructions import heldout_instructions
-from ie.evaluation.protocol import Figures, is_opinion, measure, questions
+from ie.evaluation.protocol import METRICS, Figures, is_opinion, measure, questions
+from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import best_rate, forced_figures
 from tests.dense import edited, random_update
 
@@ -120,6 +123,47 @@ def test_forced_figures_against_full_runs_of_edited_models(load: Callable[..., B
     assert found[("generalization", "plain", "forced")][0] == pytest.approx(sum(of_fact) / 2)
     kept = [share(best(0, q.prompt, q.answer)[0], best(None, q.prompt, q.answer)[0]) for q in FACT.locality]
     assert found[("locality", "plain", "forced")] == pytest.approx([sum(kept) / 2])
+
+
+def test_asking_together_gives_the_figures_of_asking_one_by_one(
+    load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load("llama")
+    update = random_update(base, n=3, size=0.3)
+    together = told(base, update)
+    monkeypatch.setattr(asking, "_BATCH_TOKENS", 1)
+    apart: dict[tuple[str, str, str], tuple[float, ...]] = {}
+    for query in ("plain", "instructed"):
+        for metric in METRICS:
+            apart.update(told(base, update, queries=(query,), metrics=(metric,)))
+    assert together == apart
+
+
+def test_a_base_that_has_answered_before_gives_the_same_figures(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    before = Respondent(base)
+    for seed in (0, 1):
+        update = random_update(base, n=3, seed=seed, size=0.3)
+        assert told(base, update, before=before) == told(base, update)
+    assert told(base, None, before=before) == told(base, None)
+
+
+def test_no_short_answer_waits_for_a_long_one(load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("gpt2")
+    decoded: list[tuple[int, list[int]]] = []
+    generate = Base.generate
+
+    def noted(self: Base, texts: Sequence[Text], n_tokens: int, *rest: Any, **options: Any) -> list[list[int]]:
+        if not options:  # fluency's
+            decoded.append((n_tokens, [len(text.ids) - text.n_prompt + asking._EXTRA_TOKENS for text in texts]))
+        return generate(self, texts, n_tokens, *rest, **options)
+
+    monkeypatch.setattr(Base, "generate", noted)
+    long = BARE.model_copy(update={"target": "a clerk of the seven mills on the river Ombe, " * 3 + "and no more"})
+    measure(base, [BARE, FACT, long], [None] * 3, random_update(base, n=3), metrics=("reliability",))
+    assert len(decoded) > 1
+    for n_tokens, limits in decoded:
+        assert n_tokens == max(limits) <= 2 * min(limits)
 
 
 def test_opinion_gains_follow_the_unseen_replies(load: Callable[..., Base]) -> None:
