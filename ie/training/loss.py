@@ -1,28 +1,35 @@
-"""The outer loss of a batch of episodes (MEND, eq. 4; InstructEdit, eq. 3).
+"""The outer loss of a batch of episodes (MEND, eq. 4; InstructEdit, eq. 3) and its gradient.
 
     L = NLL(edited model | wanted answers) + c · KL(base || edited model | answers to keep)
 
 NLL is taken on the edit prompt and on a rephrase, not on the edit prompt alone as published code does: generalization
 is trained, not hoped for. It is the whole answer's, a sum over its tokens: greedy decoding must get every token of a
 long name right. KL is taken at the positions that predict the answer, over the whole vocabulary.
+
+Queries are asked in chunks of like length, each chunk's backward pass following its forward pass at once, down to the
+update's factors; what they gathered then goes through the editor once. So memory follows the chunk and not the batch,
+and the gradient is that of the whole loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ie.base.asking import Ask
-from ie.base.capture import row_mean
+from ie.base.asking import by_length
 from ie.base.model import Base
+from ie.data.tokens import Text
 from ie.editor.editor import Editor
 from ie.editor.request import collate_requests
 from ie.training.episodes import Episodes
 
-__all__ = ["Loss", "episode_loss"]
+__all__ = ["Loss", "backward"]
+
+_CHUNK_TOKENS = 1024
+_SLICE_LOGITS = 2**22  # logits whose float32 copies are held at once
 
 
 @dataclass(frozen=True)
@@ -32,39 +39,61 @@ class Loss:
     edit: Tensor
     locality: Tensor
 
-    def total(self, locality_weight: float) -> Tensor:
-        """The outer loss."""
-        return self.edit + locality_weight * self.locality
 
-
-def episode_loss(base: Base, editor: Editor, episodes: Episodes) -> Loss:
-    """Edit, ask every query under its edit, and compare."""
+def backward(base: Base, editor: Editor, episodes: Episodes, locality_weight: float) -> Loss:
+    """Edit, ask every query under its edit, and add the loss's gradient to that of the editor's parameters."""
     update = editor.update(base.signals(collate_requests(base, episodes.requests)))
-    asks = [*episodes.wanted, *episodes.kept]
+    leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
-    for chosen in _by_length(asks):
-        n_wanted = sum(index < len(episodes.wanted) for index in chosen)
-        batch = base.collate([base.encode(asks[i].prompt, asks[i].answer, asks[i].instruction) for i in chosen])
-        edits = torch.tensor([asks[index].edit for index in chosen], device=base.device)
-        logits = base.logits(batch, update, edits).float()
-        n_answer = int((batch.rows < n_wanted).sum())
-        wanted, kept = logits.tensor_split([n_answer])
-        nll = nn.functional.cross_entropy(wanted, batch.labels[:n_answer], reduction="sum")
-        edit = edit + nll / len(episodes.wanted)
-        if n_answer < len(logits):
-            divergence = _kl(base.log_probs(batch.texts[n_wanted:]), kept)
-            per_text = row_mean(divergence, batch.rows[n_answer:] - n_wanted, len(chosen) - n_wanted)
-            locality = locality + per_text.sum() / len(episodes.kept)
+    n_wanted, n_kept = len(episodes.wanted), max(1, len(episodes.kept))
+    asks = [*episodes.wanted, *episodes.kept]
+    for indices, texts in by_length(base, asks, _CHUNK_TOKENS):
+        # Wanted queries first, so that their logits stand before those of the queries to keep.
+        order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_wanted)
+        batch = base.collate([texts[i] for i in order])
+        edits = torch.tensor([asks[indices[i]].edit for i in order], device=base.device)
+        n_texts = sum(index < n_wanted for index in indices)
+        n_answer = int((batch.rows < n_texts).sum())
+
+        logits = base.logits(batch, leaves, edits)
+        nll, towards_labels = _nll(logits[:n_answer].detach(), batch.labels[:n_answer])
+        kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
+        logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
+        edit, locality = edit + nll / n_wanted, locality + kl / n_kept
+    pairs = [pair for name, factors in update.items() for pair in zip(factors, leaves[name], strict=True)]
+    torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])
     return Loss(edit, locality)
 
 
-def _by_length(asks: Sequence[Ask]) -> list[list[int]]:
-    """Plain and instructed queries apart: the latter are several times longer, and padding is not free."""
-    plain = [index for index, ask in enumerate(asks) if ask.instruction is None]
-    instructed = [index for index, ask in enumerate(asks) if ask.instruction is not None]
-    return [group for group in (plain, instructed) if group]
+def _nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of labels (n,) int64, summed, and its gradient: the softmax less one at the label."""
+    loss, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+    for part in _slices(logits):
+        probabilities = logits[part].float().log_softmax(-1)
+        place = (torch.arange(len(probabilities), device=logits.device), labels[part])
+        loss -= probabilities[place].sum()
+        probabilities.exp_()[place] -= 1
+        gradient[part] = probabilities
+    return loss, gradient
 
 
-def _kl(before: Tensor, logits: Tensor) -> Tensor:
-    """KL(base || edited) at each position, (n_answer,) float32, from log-probabilities before and logits after."""
-    return nn.functional.kl_div(logits.log_softmax(-1), before, reduction="none", log_target=True).sum(-1)
+def _kl(logits: Tensor, base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """KL(base || edited), a mean over each text's positions and a sum over texts, and its gradient."""
+    loss, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+    if not texts:
+        return loss, gradient
+    reference = base.reference_logits(texts)
+    lengths = torch.tensor([len(text.ids) - text.n_prompt for text in texts], device=logits.device)
+    weights = (1 / lengths).repeat_interleave(lengths)[:, None]
+    for part in _slices(logits):
+        before, after = reference[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
+        probabilities = before.exp()
+        loss += (weights[part] * probabilities * before.sub_(after)).sum()
+        gradient[part] = after.exp_().sub_(probabilities).mul_(weights[part])
+    return loss, gradient
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Rows of logits (n, n_vocab) to look at together: their float32 copies are the largest tensors of a step."""
+    n_rows = max(1, _SLICE_LOGITS // logits.shape[1])
+    return (slice(start, start + n_rows) for start in range(0, len(logits), n_rows))

@@ -6,17 +6,13 @@ An estimate: exact for weights, editor and optimiser; activations are counted fo
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ie.base.load import Plan, resolve_folder
+from ie.base.load import Plan, meta_model
 from ie.base.model import PREFIX_BUDGET_BYTES, REFERENCE_BUDGET_BYTES
 from ie.base.targets import find_blocks, find_targets, module_shape
 from ie.editor.editor import Editor, EditorSettings
-from ie.errors import ModelError
 from ie.training.settings import TrainSettings
 
 __all__ = ["estimate_memory"]
@@ -43,7 +39,7 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
         ModelError: if the configuration cannot be read, or nothing in the model can be edited.
     """
     settings = settings or TrainSettings()
-    model = _meta_model(name)
+    model = meta_model(name)
     _, blocks = find_blocks(model)
     targets = find_targets(model)
     with torch.device("meta"):
@@ -67,18 +63,6 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
         "training": base_bytes + _COPIES * editor_bytes + activations + stores,
         "editing": base_bytes + editor_bytes + one_edit,
     }
-
-
-def _meta_model(name: str) -> PreTrainedModel:
-    source = resolve_folder(name) if name == "toy" or Path(name).exists() else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{name} has no configuration of a causal LM that transformers can read: {reason}") from error
-    return model
 
 
 def _base_bytes(model: nn.Module, blocks: nn.ModuleList, plan: Plan) -> int:

@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ie.base.load import load_base
+from ie.base.load import load_base, plan_load
 from ie.base.model import Base
+from ie.base.precision import training_dtype
 from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.editor.editor import Editor, EditorSettings
@@ -28,9 +30,10 @@ from ie.editor.request import EditRequest, collate_requests
 from ie.errors import InputError
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean, mean
+from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import forced_figures
 from ie.training.episodes import draw_records, make_episodes
-from ie.training.loss import Loss, episode_loss
+from ie.training.loss import Loss, backward
 from ie.training.settings import TrainSettings
 
 __all__ = ["Event", "train"]
@@ -84,7 +87,7 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
     records = dataset.records("train", tasks)
     if not records:
         raise InputError(f"{settings.data} has no training record of {', '.join(tasks) or 'any task'}")
-    base = load_base(settings.model, quant=settings.quant, dtype=settings.dtype, device=settings.device)
+    base = _load(settings, on_event)
     on_event(Event("note", f"{len(records)} records of {', '.join(tasks)}; base {base.id}, {_how(base)}"))
     run = _Run(settings, base, records, dataset.records("validation", tasks), on_event)
     interrupted = False
@@ -119,6 +122,7 @@ class _Run:
         shape = EditorSettings(
             method=settings.method, rank=settings.rank, n_layers=settings.n_layers, rate=settings.rate
         )
+        self.before = Respondent(base)
         self.editor = Editor(base.targets, shape).to(base.device)
         self.optimiser = torch.optim.Adam(
             [
@@ -182,19 +186,18 @@ class _Run:
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
         )
-        loss = episode_loss(self.base, self.editor, episodes)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.total(self.settings.locality_weight).backward()  # type: ignore[no-untyped-call]
+        loss = backward(self.base, self.editor, episodes, self.settings.locality_weight)
         torch.nn.utils.clip_grad_norm_(self.editor.parameters(), _CLIP_NORM)
         self.optimiser.step()
-        return Loss(loss.edit.detach(), loss.locality.detach())
+        return loss
 
     def _validate(self) -> None:
         if not self.validation:
             self.best = copy.deepcopy(self.editor.state_dict())
             return
         figures = forced_figures(
-            self.base, editor_method(self.editor), self.validation, heldout_instructions(self.validation)
+            self.base, editor_method(self.editor), self.validation, heldout_instructions(self.validation), self.before
         )
         score = harmonic_mean(list(figures.values()))
         if score > self.best_score:
@@ -256,6 +259,14 @@ class _Run:
         }
 
 
+def _load(settings: TrainSettings, on_event: OnEvent) -> Base:
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype, reason = training_dtype(settings.model, plan_load(settings.quant, device=settings.device))
+        on_event(Event("note", f"training in {dtype}: {reason}"))
+    return load_base(settings.model, quant=settings.quant, dtype=dtype, device=settings.device)
+
+
 def _how(base: Base) -> str:
     return f"{str(base.model.dtype).removeprefix('torch.')}, quant {base.quant}, on {base.device}"
 
@@ -264,8 +275,11 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has held: of the GPU if there is one, else of the machine."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent held when it started this process
+        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _spread(records: Sequence[Record], n: int, seed: int) -> list[Record]:
