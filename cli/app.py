@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import ie
+from ie import runtime
 
 from .apply_patch import apply_patch
 from .build import build
@@ -118,8 +118,5 @@ app.command(epilog=examples("ie doctor", "ie doctor --quant 8bit --json"))(docto
 
 def main() -> None:
     """Run `ie` with the process's arguments."""
-    # OpenMP threads wait for each other by spinning, without end by default: where another process wants the same cores
-    # that makes torch ten times slower. Some 50 µs of spinning cost nothing measurable and end that. Read by torch's
-    # first import.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    runtime.prepare()
     app(prog_name="ie")

@@ -42,7 +42,7 @@ def _examine(model: str | None, quant: str, dtype: str, device: str) -> dict[str
 
     import torch
 
-    from ie.base.load import plan_load
+    from ie.base.plan import plan_load
     from ie.training.memory import estimate_memory
 
     plan = plan_load(quant, dtype, device)

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ie import runtime
+
 if TYPE_CHECKING:
     from ie.base import Base
 
 # Nothing in the suite may wait for a network: set before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `ie` itself does
+runtime.prepare()  # as `ie` itself does
 
 
 @pytest.fixture(scope="session")

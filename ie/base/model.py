@@ -38,6 +38,7 @@ class Base:
         id: the name it was loaded by: `toy`, a hub id, or a folder.
         fingerprint: names its weights; the same for every dtype and quantisation of one checkpoint.
         quant: `none`, `8bit` or `4bit`.
+        reason: why it is computed in its dtype, for people.
         model: the transformers model, in eval mode, no parameter requiring a gradient.
         tokenizer: its tokenizer.
         targets: the modules that edits change.
@@ -47,6 +48,7 @@ class Base:
     id: str
     fingerprint: str
     quant: str
+    reason: str
     model: nn.Module
     tokenizer: Any
     targets: tuple[EditTarget, ...]

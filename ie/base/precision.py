@@ -1,4 +1,4 @@
-"""Which precision to train in, found by measuring once.
+"""Which precision to compute in on a CPU, found by measuring once.
 
 Some CPUs multiply bf16 matrices several times as fast as fp32 ones. Their kernels are built anew for each new shape,
 though, and the rest of a step is no faster: with small matrices nothing is gained (benchmarks/README.md), and fp32 it
@@ -8,35 +8,36 @@ stays. Statistics, rates, update and losses are fp32 in any case.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
-from ie.base.load import Plan, meta_model
+from ie.base.plan import Plan, meta_model
 from ie.base.targets import find_targets
 
-__all__ = ["training_dtype"]
+__all__ = ["with_faster_dtype"]
 
 _SMALL = 2**20  # weights of a matrix below which bf16 gains nothing
 _N_TOKENS, _N_SHAPES = 256, 7
 _WORTHWHILE = 0.7  # of fp32's time
 
 
-def training_dtype(name: str, plan: Plan) -> tuple[str, str]:
-    """The name of the dtype to load a base model in for training, and why.
+def with_faster_dtype(plan: Plan, name: str) -> Plan:
+    """The plan for a base model with the dtype that is faster on this CPU, and why; on a GPU or quantised, as it is.
 
     Args:
+        plan: how it would be loaded.
         name: the base model.
-        plan: how it would be loaded; another device than the CPU, or a quantised base, keeps its dtype.
     """
     if plan.device.type != "cpu" or plan.quant != "none":
-        return str(plan.dtype).removeprefix("torch."), plan.reason
+        return plan
     target = max(find_targets(meta_model(name)), key=lambda one: one.d_in * one.d_out)
     size = f"{target.d_in} x {target.d_out}"
     if target.d_in * target.d_out < _SMALL:
-        return "float32", f"bf16 gains nothing with matrices of {size}"
+        return replace(plan, reason=f"bf16 gains nothing with matrices of {size}")
     share = _seconds(torch.bfloat16, target.d_in, target.d_out) / _seconds(torch.float32, target.d_in, target.d_out)
-    chosen = "bfloat16" if share < _WORTHWHILE else "float32"
-    return chosen, f"a product with a matrix of {size} takes {share:.2f} of fp32's time in bf16 here"
+    reason = f"a product with a matrix of {size} takes {share:.2f} of fp32's time in bf16 here"
+    return replace(plan, dtype=torch.bfloat16 if share < _WORTHWHILE else torch.float32, reason=reason)
 
 
 def _seconds(dtype: torch.dtype, d_in: int, d_out: int) -> float:

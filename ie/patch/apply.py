@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ie.base.asking import Ask, answers, matches
-from ie.base.load import load_base, resolve_folder
+from ie.base.load import load_base
 from ie.base.model import Base
+from ie.base.plan import resolve_folder
 from ie.base.update import Update
 from ie.patch.merge import merge_checkpoint
 from ie.patch.patch import Patch, applied, check_base, combined

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ie.base.load import Plan, meta_model
 from ie.base.model import PREFIX_BUDGET_BYTES, REFERENCE_BUDGET_BYTES
+from ie.base.plan import Plan, meta_model
 from ie.base.targets import find_blocks, find_targets, module_shape
 from ie.editor.editor import Editor, EditorSettings
 from ie.training.settings import TrainSettings

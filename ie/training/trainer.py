@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from ie.base.load import load_base, plan_load
+from ie.base.load import load_base
 from ie.base.model import Base
-from ie.base.precision import training_dtype
 from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.editor.editor import Editor, EditorSettings
@@ -87,7 +86,7 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
     records = dataset.records("train", tasks)
     if not records:
         raise InputError(f"{settings.data} has no training record of {', '.join(tasks) or 'any task'}")
-    base = _load(settings, on_event)
+    base = load_base(settings.model, quant=settings.quant, dtype=settings.dtype, device=settings.device)
     on_event(Event("note", f"{len(records)} records of {', '.join(tasks)}; base {base.id}, {_how(base)}"))
     run = _Run(settings, base, records, dataset.records("validation", tasks), on_event)
     interrupted = False
@@ -259,16 +258,8 @@ class _Run:
         }
 
 
-def _load(settings: TrainSettings, on_event: OnEvent) -> Base:
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype, reason = training_dtype(settings.model, plan_load(settings.quant, device=settings.device))
-        on_event(Event("note", f"training in {dtype}: {reason}"))
-    return load_base(settings.model, quant=settings.quant, dtype=dtype, device=settings.device)
-
-
 def _how(base: Base) -> str:
-    return f"{str(base.model.dtype).removeprefix('torch.')}, quant {base.quant}, on {base.device}"
+    return f"{str(base.model.dtype).removeprefix('torch.')}, quant {base.quant}, on {base.device} ({base.reason})"
 
 
 def peak_memory_bytes() -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ie.base import Base, load_base
 from ie.base.fingerprint import fingerprint_checkpoint
-from ie.base.load import plan_load
+from ie.base.plan import plan_load
 from ie.errors import InputError, ModelError
 from tests.models import ARCHITECTURES
 

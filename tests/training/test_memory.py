@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ie.base import Base
-from ie.base.load import plan_load
+from ie.base.plan import plan_load
 from ie.editor.editor import Editor, EditorSettings
 from ie.errors import ModelError
 from ie.training.memory import estimate_memory

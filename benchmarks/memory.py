@@ -1,0 +1,56 @@
+"""Peak memory of one training process: `python -m benchmarks.memory ours|reference|reference-1920 BASE DATA`.
+
+Ours trains 64 episodes in batches of the default size, the reference as many one at a time, both with Adam. Its editor
+has ours' rank, or the paper's 1,920.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.reference import Reference
+from benchmarks.workload import SETTINGS, Training, draw_episodes
+from ie.base.load import load_base
+from ie.base.plan import meta_model
+from ie.base.targets import find_targets
+from ie.editor.editor import Editor, EditorSettings
+from ie.training.trainer import peak_memory_bytes
+
+_N_BATCHES = 4
+
+
+def train_ours(folder: Path, data: Path) -> None:
+    """Steps of a default editor."""
+    run = Training(load_base(str(folder)))
+    for episodes in draw_episodes(data, _N_BATCHES):
+        run.step(episodes)
+
+
+def train_reference(folder: Path, data: Path, rank: int) -> None:
+    """The same episodes, one at a time."""
+    editor = Editor(find_targets(meta_model(str(folder))), EditorSettings(rank=rank))
+    reference = Reference(folder, editor)
+    optimiser = torch.optim.Adam(editor.parameters(), lr=1e-6)
+    for episodes in draw_episodes(data, 1):
+        for index in range(len(episodes.requests)):
+            gradients = reference.gradients(episodes, index, SETTINGS.locality_weight)
+            for parameter, gradient in zip(editor.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+
+
+def main(side: str, folder: str, data: str) -> None:
+    """Train, then write the peak as JSON."""
+    if side == "ours":
+        train_ours(Path(folder), Path(data))
+    else:
+        train_reference(Path(folder), Path(data), 1920 if side.endswith("1920") else SETTINGS.rank)
+    sys.stdout.write(json.dumps({"peak_bytes": peak_memory_bytes()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,125 @@
+"""A plain reference: one edit at a time, as published code makes it (MEND, and InstructEdit in EasyEdit).
+
+The whole model runs forward and backward for each request, with a gradient for every parameter; every position passes
+the output head; each module's ΔW is a dense matrix, part of the graph that the outer loss goes back through. What the
+published code does beside that (statistics token by token in Python, norms of full matrices for its log) is left out.
+
+The editor is ours, so that update and loss can be compared: `tests/benchmarks/test_reference.py` holds them equal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ie.base.asking import Ask
+from ie.base.capture import ModuleSignals, Signals
+from ie.base.targets import is_transposed
+from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
+from ie.editor.editor import Editor
+from ie.editor.request import EditRequest
+from ie.training.episodes import Episodes
+
+__all__ = ["Dense", "Reference"]
+
+Dense = Mapping[str, Tensor]  # ΔW by module path, as the module stores its weight
+
+
+class Reference:
+    """A base model of its own, every parameter trainable as `from_pretrained` leaves it, and an editor.
+
+    Args:
+        folder: the base model's folder, loaded in fp32.
+        editor: for the edit targets of this base.
+    """
+
+    def __init__(self, folder: Path, editor: Editor) -> None:
+        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train(False)
+        self.encode = TextEncoder(AutoTokenizer.from_pretrained(folder), self.model.config.max_position_embeddings)
+        self.editor = editor
+
+    def update(self, request: EditRequest) -> Dense:
+        """ΔW of one edit, part of the editor's graph."""
+        batch = self._collate([Ask(request.prompt, request.target, request.instruction)])
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str):  # type: ignore[no-untyped-def]
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                output.register_hook(lambda delta: seen.update({name: (args[0].detach()[0], delta[0])}))
+
+            return hook
+
+        targets = self.editor.targets
+        handles = [self.model.get_submodule(t.name).register_forward_hook(keep(t.name)) for t in targets]
+        try:
+            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+            nn.functional.cross_entropy(logits[batch.predicts], batch.labels, reduction="sum").backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        signals = {}
+        for target in targets:
+            u, delta = seen[target.name]
+            rows = batch.editable[0] & (delta != 0).any(-1)
+            signals[target.name] = ModuleSignals(u[rows], delta[rows], torch.zeros(int(rows.sum()), dtype=torch.long))
+        factors = self.editor.update(Signals(signals, 1))
+        dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
+        self.model.zero_grad()
+        return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
+
+    def loss(self, episodes: Episodes, index: int) -> tuple[Tensor, Tensor]:
+        """Edit and locality loss of one episode of a batch, each its part of the batch's mean."""
+        kept = self._of(episodes.kept, index)
+        with torch.no_grad():
+            before = self._logits(kept, {}).log_softmax(-1)
+        dense = self.update(episodes.requests[index])
+        wanted = self._of(episodes.wanted, index)
+        edit = nn.functional.cross_entropy(self._logits(wanted, dense), wanted.labels, reduction="sum")
+        after = self._logits(kept, dense).log_softmax(-1)
+        divergence = nn.functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        n_answer = torch.bincount(kept.rows)[kept.rows]
+        return edit / len(episodes.wanted), (divergence / n_answer).sum() / len(episodes.kept)
+
+    def gradients(self, episodes: Episodes, index: int, locality_weight: float) -> tuple[Tensor, ...]:
+        """The editor's gradient from one episode."""
+        edit, locality = self.loss(episodes, index)
+        return torch.autograd.grad(edit + locality_weight * locality, list(self.editor.parameters()))
+
+    def edit(self, request: EditRequest) -> nn.Module:
+        """A copy of the model, edited."""
+        with torch.no_grad():
+            edited = copy.deepcopy(self.model)
+        dense = self.update(request)
+        with torch.no_grad():
+            for name, change in dense.items():
+                edited.get_submodule(name).weight += change
+        return edited
+
+    def predictions(self, model: nn.Module, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
+        """Arg-max tokens at each answer's positions, one question at a time."""
+        out = []
+        for ask in asks:
+            batch = self._collate([ask])
+            with torch.no_grad():
+                logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+            out.append(tuple(logits[batch.predicts].argmax(-1).tolist()))
+        return out
+
+    def _logits(self, batch: TokenBatch, dense: Dense) -> Tensor:
+        weights = {f"{n}.weight": self.model.get_parameter(f"{n}.weight") + change for n, change in dense.items()}
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+        logits: Tensor = functional_call(self.model, weights, (), inputs).logits
+        return logits[batch.predicts]
+
+    def _of(self, asks: Sequence[Ask], edit: int) -> TokenBatch:
+        return self._collate([ask for ask in asks if ask.edit == edit])
+
+    def _collate(self, asks: Sequence[Ask]) -> TokenBatch:
+        texts: list[Text] = [self.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
+        return collate(texts, 0, torch.device("cpu"))

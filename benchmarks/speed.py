@@ -1,0 +1,225 @@
+"""Speed and memory against a plain reference: (a) to (g) of `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bases import gpt2_small, llama, save
+from benchmarks.reference import Reference
+from benchmarks.timing import alternating, seconds
+from benchmarks.workload import SETTINGS, Training, draw_episodes, moved_editor, regroup
+from ie.base.asking import Ask
+from ie.base.load import load_base
+from ie.base.model import Base
+from ie.base.targets import is_transposed
+from ie.base.update import Update, adding
+from ie.data.dataset import Dataset
+from ie.data.record import Record
+from ie.editor.methods import editor_method
+from ie.editor.request import EditRequest, collate_requests
+from ie.evaluation.protocol import measure
+from ie.patch.lowrank import stack
+
+__all__ = ["MEASUREMENTS"]
+
+Row = dict[str, Any]
+_N_BATCHES = 6
+_N_EDITS = 10
+_N_EVALUATED, _N_REFERENCE_EVALUATED = 100, 8
+_RANK = 16
+
+
+def check_equal(folder: Path, data: Path) -> Row:
+    """(a) beforehand: in fp32 our update and loss are the reference's, to 1e-4."""
+    base, episodes = load_base(str(folder), dtype="float32"), draw_episodes(data, 1)[0]
+    training = Training(base)
+    reference = Reference(folder, training.editor)
+    with torch.no_grad():
+        update = training.editor.update(base.signals(collate_requests(base, episodes.requests)))
+    worst = 0.0
+    for name, dense in reference.update(episodes.requests[0]).items():
+        a, b = update[name]
+        ours = torch.einsum("ri,ro->io", a[0], b[0])
+        ours = ours if is_transposed(base.model.get_submodule(name)) else ours.T
+        worst = max(worst, ((ours - dense).norm() / dense.norm()).item())
+    losses = [reference.loss(episodes, index) for index in range(len(episodes.requests))]
+    theirs = [sum(part.item() for part in column) for column in zip(*losses, strict=True)]
+    found = training.step(episodes)
+    for ours_loss, their_loss in zip((found.edit, found.locality), theirs, strict=True):
+        worst = max(worst, abs(ours_loss.item() - their_loss) / max(abs(their_loss), 1e-3))
+    if worst > 1e-4:
+        raise AssertionError(f"update or loss differs from the reference's by {worst:.1e}")
+    return {"largest relative difference of update and loss": worst}
+
+
+def training(folder: Path, data: Path) -> Row:
+    """(a) Seconds per training episode: reference, ours in the first pass, ours once the prefix is kept."""
+    first = draw_episodes(data, _N_BATCHES + 1)
+    again = regroup(first)
+    base = load_base(str(folder))
+    ours, reference = Training(base), Reference(folder, moved_editor(base))
+    ours.step(first.pop(0))  # warm-up
+    again.pop(0)
+    weight = SETTINGS.locality_weight
+    fresh, plain = alternating(
+        [lambda e=e: ours.step(e) for e in first],  # type: ignore[misc]
+        [lambda e=e: [reference.gradients(e, i, weight) for i in range(2)] for e in first],  # type: ignore[misc]
+    )
+    kept, plain_again = alternating(
+        [lambda e=e: ours.step(e) for e in again],  # type: ignore[misc]
+        [lambda e=e: [reference.gradients(e, i, weight) for i in range(2)] for e in again],  # type: ignore[misc]
+    )
+    size = SETTINGS.batch_size
+    return {
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "reference_s": (plain + plain_again) / 4,
+        "first_pass_s": fresh / size,
+        "kept_s": kept / size,
+        "first_pass_ratio": (plain / 2) / (fresh / size),
+        "kept_ratio": (plain_again / 2) / (kept / size),
+    }
+
+
+def single_edit(folder: Path, data: Path) -> Row:
+    """(b) Seconds from a request that was never seen to an edited model."""
+    base = load_base(str(folder))
+    editor = moved_editor(base)
+    reference, method = Reference(folder, editor), editor_method(editor)
+    requests = [request for batch in draw_episodes(data, 1) for request in batch.requests][: _N_EDITS + 1]
+    method(base, [requests[-1]])
+    ours, plain = alternating(
+        [lambda r=r: method(base, [r]) for r in requests[:_N_EDITS]],  # type: ignore[misc]
+        [lambda r=r: reference.edit(r) for r in requests[:_N_EDITS]],  # type: ignore[misc]
+    )
+    return {"reference_s": plain, "ours_s": ours, "ratio": plain / ours}
+
+
+def evaluation(folder: Path, data: Path) -> Row:
+    """(c) Seconds per edit: made, then edit prompt, rephrase and locality asked before and after."""
+    base = load_base(str(folder))
+    editor = moved_editor(base)
+    reference, method = Reference(folder, editor), editor_method(editor)
+    records = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality]
+    records = random.Random(0).sample(records, _N_EVALUATED)
+
+    def ours(part: list[Record]) -> None:
+        for start in range(0, len(part), 32):
+            some = part[start : start + 32]
+            told = [record.instruction.train[0] for record in some]
+            update = method(base, [EditRequest.of(r, text) for r, text in zip(some, told, strict=True)])
+            for edited in (None, update):
+                measure(base, some, told, edited, generate=False, queries=("plain",), metrics=_METRICS)
+
+    def plain(record: Record) -> None:
+        asks = [
+            Ask(record.prompt, record.target),
+            Ask(record.rephrases[0], record.target),
+            Ask(record.locality[0].prompt, record.locality[0].answer),
+        ]
+        reference.predictions(reference.model, asks)
+        edited = reference.edit(EditRequest.of(record, record.instruction.train[0]))
+        reference.predictions(edited, asks)
+
+    method(base, [EditRequest.of(records[0], None)])
+    half = _N_REFERENCE_EVALUATED // 2
+    theirs = [seconds(lambda r=r: plain(r)) for r in records[:half]]  # type: ignore[misc]
+    whole = seconds(lambda: ours(records)) / len(records)
+    theirs += [seconds(lambda r=r: plain(r)) for r in records[half : 2 * half]]  # type: ignore[misc]
+    return {"reference_s": statistics.median(theirs), "ours_s": whole, "ratio": statistics.median(theirs) / whole}
+
+
+_METRICS = ("reliability", "generalization", "locality")
+
+
+def memory(folder: Path, data: Path) -> Row:
+    """(d) Peak resident memory of a process that trains: ours, the reference, the reference with the paper's rank."""
+    peaks = {}
+    for side in ("ours", "reference", "reference-1920"):
+        command = [sys.executable, "-m", "benchmarks.memory", side, str(folder), str(data)]
+        peaks[side] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["peak_bytes"]
+    return {
+        "ours_mb": peaks["ours"] / 1e6,
+        "reference_mb": peaks["reference"] / 1e6,
+        "share": peaks["ours"] / peaks["reference"],
+        "reference_paper_rank_mb": peaks["reference-1920"] / 1e6,
+        "share_of_paper_rank": peaks["ours"] / peaks["reference-1920"],
+    }
+
+
+def depth(place: Path, tokenizer: Path, data: Path) -> Row:
+    """(e) Seconds per episode with 12, 24 and 48 blocks, the prefix kept."""
+    batches = draw_episodes(data, 4)
+    runs = []
+    for n_blocks in (12, 24, 48):
+        run = Training(load_base(str(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}"))))
+        for batch in batches:
+            run.step(batch)
+        runs.append(run)
+    again = regroup(batches)
+    times = alternating(*[[lambda run=run, e=e: run.step(e) for e in again] for run in runs])  # type: ignore[misc]
+    size = SETTINGS.batch_size
+    return {
+        **{f"{n}_blocks_s": t / size for n, t in zip((12, 24, 48), times, strict=True)},
+        "48_over_12": times[2] / times[0],
+    }
+
+
+def matmul_share(place: Path, tokenizer: Path, data: Path) -> Row:
+    """(f) Floating-point operations of training's matrix products per second, over the machine's best such rate."""
+    run = Training(load_base(str(save(llama(), tokenizer, place / "llama"))))
+    batches = draw_episodes(data, 4)
+    for batch in batches:
+        run.step(batch)
+    times = [seconds(lambda e=e: run.step(e)) for e in regroup(batches)]  # type: ignore[misc]
+    with torch.profiler.profile(with_flops=True) as profile:
+        for batch in regroup(batches):
+            run.step(batch)
+    flops = sum(
+        event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+    )
+    dtype = run.base.model.dtype
+    left = right = torch.randn(2048, 2048, dtype=dtype)
+    peak = 2 * 2048**3 / min(seconds(lambda: left @ right) for _ in range(12))
+    rate = flops / sum(times)
+    return {"dtype": str(dtype).removeprefix("torch."), "training": rate, "matmul": peak, "share": rate / peak}
+
+
+def patches(folder: Path, data: Path) -> Row:
+    """(g) Forward time of 16 texts of 32 tokens under 1, 8 and 64 patches of rank 16, over none."""
+    base = load_base(str(folder), dtype="float32")
+    ids = torch.randint(0, 3000, (16, 32), generator=torch.Generator().manual_seed(0))
+    edits = [_random_patch(base) for _ in range(64)]
+    sides = {n: stack(edits[:n]) for n in (0, 1, 8, 64)}
+
+    def forward(update: Update) -> None:
+        with torch.no_grad(), adding(base.model, update) if update else nullcontext():
+            base.model(input_ids=ids, use_cache=False)
+
+    forward(sides[0])
+    times = alternating(*[[lambda u=u: forward(u)] * 9 for u in sides.values()])  # type: ignore[misc]
+    return {f"{n}_patches": time / times[0] for n, time in zip(sides, times, strict=True) if n}
+
+
+def _random_patch(base: Base) -> Update:
+    return {t.name: (torch.randn(1, _RANK, t.d_in), 1e-4 * torch.randn(1, _RANK, t.d_out)) for t in base.targets}
+
+
+MEASUREMENTS = {
+    "check": check_equal,
+    "a": training,
+    "b": single_edit,
+    "c": evaluation,
+    "d": memory,
+    "e": depth,
+    "f": matmul_share,
+    "g": patches,
+}

@@ -1,0 +1,105 @@
+"""How a base model will be loaded, and from where; no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ie.errors import InputError, ModelError
+
+__all__ = ["TOY_FOLDER", "Plan", "meta_model", "plan_load", "resolve_folder"]
+
+TOY_FOLDER = Path(__file__).parent / "toy_base"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a base model will be loaded, and why.
+
+    Attributes:
+        device: `cpu`, `cuda`, ...
+        dtype: what is computed in.
+        quant: `none`, `8bit` or `4bit`.
+        reason: one sentence for the user.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    quant: str
+    reason: str
+
+
+def plan_load(quant: str = "auto", dtype: str = "auto", device: str = "auto") -> Plan:
+    """Choose device, dtype and quantisation.
+
+    Raises:
+        InputError: if a value is unknown.
+    """
+    for flag, value, known in (
+        ("quant", quant, ("auto", "8bit", "4bit", "none")),
+        ("dtype", dtype, ("auto", *DTYPES)),
+    ):
+        if value not in known:
+            raise InputError(f"unknown {flag} {value!r}, expected one of: {', '.join(known)}")
+    gpu = torch.cuda.is_available()
+    where = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
+    on_gpu = where.type == "cuda"
+    kind = ("8bit" if on_gpu else "none") if quant == "auto" else quant
+    compute = (torch.bfloat16 if on_gpu else torch.float32) if dtype == "auto" else DTYPES[dtype]
+    reason = "a GPU is there: the base fits in a quarter of the memory" if on_gpu else "no GPU: fp32 is exact"
+    return Plan(where, compute, kind, reason)
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder that holds a base model: the bundled one, the one named, or the hub's copy on this machine.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    if name == "toy":
+        return TOY_FOLDER
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name} is no model folder: it has no config.json",
+                hint="Point --model at a folder saved by save_pretrained().",
+            )
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"no base model at {name!r}: neither a folder nor a hub id",
+            hint="Use 'toy', a folder saved by save_pretrained(), or a hub id such as owner/name.",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"the base model {name!r} could not be fetched from the hub: {reason}",
+            hint="Check the id and the network, or point --model at a folder.",
+        ) from error
+
+
+def meta_model(name: str) -> PreTrainedModel:
+    """A base model's modules and shapes from its configuration alone, on the meta device: no weight is loaded.
+
+    Raises:
+        ModelError: if the configuration cannot be read.
+    """
+    source = resolve_folder(name) if name == "toy" or Path(name).exists() else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name} has no configuration of a causal LM that transformers can read: {reason}") from error
+    return model

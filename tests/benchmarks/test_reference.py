@@ -1,0 +1,95 @@
+"""What the benchmarks compare with does the same: its update, loss and gradient are ours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.reference import Reference
+from benchmarks.workload import moved_editor, regroup
+from ie.base import Base
+from ie.base.targets import is_transposed
+from ie.editor.request import collate_requests
+from ie.training.episodes import Episodes, make_episodes
+from ie.training.loss import backward
+from tests.training.test_episodes import RECORDS
+
+WEIGHT = 0.7
+
+
+def episodes(n: int = 4) -> Episodes:
+    return make_episodes(RECORDS[:n], random.Random(1), instructed=True, plain_share=0.5, n_negatives=2)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_update_loss_and_gradient_are_the_reference_s(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], name: str
+) -> None:
+    base, made = load(name), episodes()
+    editor = moved_editor(base)
+    reference = Reference(checkpoint(name), editor)
+    with torch.no_grad():
+        update = editor.update(base.signals(collate_requests(base, made.requests)))
+    for index, request in enumerate(made.requests):
+        for module, dense in reference.update(request).items():
+            ours = torch.einsum("ri,ro->io", update[module][0][index], update[module][1][index])
+            ours = ours if is_transposed(base.model.get_submodule(module)) else ours.T
+            # Sums of some hundred float32 products in another order.
+            torch.testing.assert_close(ours, dense.detach(), atol=1e-6 * dense.abs().max().item(), rtol=1e-4)
+
+    theirs = [reference.loss(made, index) for index in range(len(made.requests))]
+    gradients = [reference.gradients(made, index, WEIGHT) for index in range(len(made.requests))]
+    found = backward(base, editor, made, WEIGHT)
+    torch.testing.assert_close(found.edit, torch.stack([edit for edit, _ in theirs]).sum().detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        # A KL near 0 is a sum of differences of log-probabilities near 10.
+        found.locality,
+        torch.stack([kept for _, kept in theirs]).sum().detach(),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    for parameter, *parts in zip(editor.parameters(), *gradients, strict=True):
+        expected = torch.stack(parts).sum(0)
+        assert parameter.grad is not None and expected.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 64, 10_000])
+def test_chunks_and_slices_change_nothing(
+    load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
+    base, made = load("gemma2"), episodes(8)
+    whole, editor = moved_editor(base), moved_editor(base)
+    expected = backward(base, whole, made, WEIGHT)
+    monkeypatch.setattr("ie.training.loss._CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr("ie.training.loss._SLICE_LOGITS", 3 * base.model.config.vocab_size)
+    found = backward(base, editor, made, WEIGHT)
+    torch.testing.assert_close(found.edit, expected.edit, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.locality, expected.locality, rtol=1e-4, atol=1e-8)
+    for ours, theirs in zip(editor.parameters(), whole.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        # Texts padded to other widths: attention sums in another order.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * theirs.grad.abs().max().item())
+
+
+def test_regrouped_episodes_are_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.workload.SETTINGS", type("S", (), {"batch_size": 4}))
+    batches = [episodes(), make_episodes(RECORDS[4:8], random.Random(2), instructed=True, plain_share=1, n_negatives=1)]
+
+    def whole(some: list[Episodes]) -> list[tuple[object, ...]]:
+        return sorted(
+            (
+                batch.requests[edit].prompt,
+                *sorted(ask.prompt for ask in batch.wanted if ask.edit == edit),
+                *sorted(ask.prompt for ask in batch.kept if ask.edit == edit),
+            )
+            for batch in some
+            for edit in range(4)
+        )
+
+    assert whole(regroup(batches)) == whole(batches)
+    assert regroup(batches)[0].requests != batches[0].requests
