@@ -17,9 +17,9 @@ def gpt2_small(n_blocks: int = 12) -> GPT2Config:
 
 
 def llama() -> LlamaConfig:
-    """A Llama of 138 M parameters."""
+    """A Llama of 152 M parameters."""
     return LlamaConfig(
-        vocab_size=32000,
+        vocab_size=50257,
         hidden_size=768,
         intermediate_size=2048,
         num_hidden_layers=16,

@@ -26,7 +26,8 @@ from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.editor.methods import editor_method
 from ie.editor.request import EditRequest, collate_requests
-from ie.evaluation.protocol import measure
+from ie.evaluation.protocol import is_opinion, measure
+from ie.evaluation.respondent import Respondent
 from ie.patch.lowrank import stack
 
 __all__ = ["MEASUREMENTS"]
@@ -36,6 +37,7 @@ _N_BATCHES = 6
 _N_EDITS = 10
 _N_EVALUATED, _N_REFERENCE_EVALUATED = 100, 8
 _RANK = 16
+_METRICS = ("reliability", "generalization", "locality")
 
 
 def check_equal(folder: Path, data: Path) -> Row:
@@ -108,16 +110,20 @@ def evaluation(folder: Path, data: Path) -> Row:
     base = load_base(str(folder))
     editor = moved_editor(base)
     reference, method = Reference(folder, editor), editor_method(editor)
-    records = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality]
-    records = random.Random(0).sample(records, _N_EVALUATED)
+    usable = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality and not is_opinion(r)]
+    records = [
+        r.model_copy(update={"rephrases": r.rephrases[:1], "locality": r.locality[:1]})
+        for r in random.Random(0).sample(usable, _N_EVALUATED)
+    ]
 
     def ours(part: list[Record]) -> None:
+        before = Respondent(base)
         for start in range(0, len(part), 32):
             some = part[start : start + 32]
             told = [record.instruction.train[0] for record in some]
             update = method(base, [EditRequest.of(r, text) for r, text in zip(some, told, strict=True)])
             for edited in (None, update):
-                measure(base, some, told, edited, generate=False, queries=("plain",), metrics=_METRICS)
+                measure(base, some, told, edited, generate=False, queries=("plain",), metrics=_METRICS, before=before)
 
     def plain(record: Record) -> None:
         asks = [
@@ -135,9 +141,6 @@ def evaluation(folder: Path, data: Path) -> Row:
     whole = seconds(lambda: ours(records)) / len(records)
     theirs += [seconds(lambda r=r: plain(r)) for r in records[half : 2 * half]]  # type: ignore[misc]
     return {"reference_s": statistics.median(theirs), "ours_s": whole, "ratio": statistics.median(theirs) / whole}
-
-
-_METRICS = ("reliability", "generalization", "locality")
 
 
 def memory(folder: Path, data: Path) -> Row:

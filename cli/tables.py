@@ -122,9 +122,15 @@ def train_view(result: Json) -> View:
         "episodes": f"{result['episodes']} ({result['episodes_per_second']:.1f} per second)",
         "time": f"{result['seconds']:.0f} s",
         "peak memory": size(result["peak_memory_bytes"]),
+        "prefix kept": _kept(result["prefix_kept"]),
         **{f"validation {name}": _percent(value) for name, value in result["validation"].items()},
     }
     return [_facts(None, facts)]
+
+
+def _kept(kept: Mapping[str, int]) -> str:
+    in_file = f", {size(kept['file_bytes'])} in a file" if kept["file_bytes"] else ""
+    return f"{kept['texts']} texts, {size(kept['memory_bytes'])} in memory{in_file}"
 
 
 def _percent(share: object) -> str | None:

@@ -56,14 +56,15 @@ class Recorder:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def signals(self, loss: Tensor, editable: Tensor) -> Signals:
-        """Run the loss's backward pass down to the recorded outputs.
+    def signals(self, logits: Tensor, gradient: Tensor, editable: Tensor) -> Signals:
+        """Run the backward pass down to the recorded outputs.
 
         Args:
-            loss: () the sum of the requests' losses.
+            logits: (n_answer, n_vocab) of the recorded forward pass.
+            gradient: the gradient of the sum of the requests' losses there.
             editable: (n, t) bool, the tokens that may enter the update.
         """
-        gradients = torch.autograd.grad(loss, list(self.outputs.values()))
+        gradients = torch.autograd.grad(logits, list(self.outputs.values()), gradient)
         modules = {}
         for (name, u), delta in zip(self.inputs.items(), gradients, strict=True):
             flat = delta.reshape(editable.numel(), -1)

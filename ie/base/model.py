@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base.capture import Signals, recording
+from ie.base.likelihood import nll
 from ie.base.prefix import PrefixStore
 from ie.base.statefile import StateFile
 from ie.base.store import TextStore
@@ -130,8 +131,8 @@ class Base:
             logits = run_suffix(self.decoder, batch, hidden)
             # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
             # be moved as far as a short answer's.
-            loss = nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            return recorder.signals(loss, batch.editable)
+            _, gradient = nll(logits.detach(), batch.labels)
+            return recorder.signals(logits, gradient, batch.editable)
 
     @torch.no_grad()
     def generate(

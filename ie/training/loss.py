@@ -13,13 +13,14 @@ and the gradient is that of the whole loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ie.base.asking import by_length
+from ie.base.likelihood import nll, slices
 from ie.base.model import Base
 from ie.data.tokens import Text
 from ie.editor.editor import Editor
@@ -29,7 +30,6 @@ from ie.training.episodes import Episodes
 __all__ = ["Loss", "backward"]
 
 _CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 512, 8192  # what suits a CPU's caches; what keeps a GPU busy
-_SLICE_LOGITS = 2**22  # logits whose float32 copies are held at once
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,13 @@ def backward(base: Base, editor: Editor, episodes: Episodes, locality_weight: fl
         n_answer = int((batch.rows < n_texts).sum())
 
         logits = base.logits(batch, leaves, edits)
-        nll, towards_labels = _nll(logits[:n_answer].detach(), batch.labels[:n_answer])
+        surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
         kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
         logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
-        edit, locality = edit + nll / n_wanted, locality + kl / n_kept
+        edit, locality = edit + surprise / n_wanted, locality + kl / n_kept
     pairs = [pair for name, factors in update.items() for pair in zip(factors, leaves[name], strict=True)]
     torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])
     return Loss(edit, locality)
-
-
-def _nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of labels (n,) int64, summed, and its gradient: the softmax less one at the label."""
-    loss, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
-    for part in _slices(logits):
-        probabilities = logits[part].float().log_softmax(-1)
-        place = (torch.arange(len(probabilities), device=logits.device), labels[part])
-        loss -= probabilities[place].sum()
-        probabilities.exp_()[place] -= 1
-        gradient[part] = probabilities
-    return loss, gradient
 
 
 def _kl(logits: Tensor, base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -86,15 +74,9 @@ def _kl(logits: Tensor, base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tens
     reference = base.reference_logits(texts)
     lengths = torch.tensor([len(text.ids) - text.n_prompt for text in texts], device=logits.device)
     weights = (1 / lengths).repeat_interleave(lengths)[:, None]
-    for part in _slices(logits):
+    for part in slices(logits):
         before, after = reference[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
         probabilities = before.exp()
         loss += (weights[part] * probabilities * before.sub_(after)).sum()
         gradient[part] = after.exp_().sub_(probabilities).mul_(weights[part])
     return loss, gradient
-
-
-def _slices(logits: Tensor) -> Iterator[slice]:
-    """Rows of logits (n, n_vocab) to look at together: their float32 copies are the largest tensors of a step."""
-    n_rows = max(1, _SLICE_LOGITS // logits.shape[1])
-    return (slice(start, start + n_rows) for start in range(0, len(logits), n_rows))

@@ -244,6 +244,7 @@ class _Run:
             validation=self.figures,
         )
         self._event("done", self.figures)
+        kept = self.base.prefixes.store
         return {
             "editor": str(self.settings.out),
             "base": self.base.id,
@@ -254,6 +255,7 @@ class _Run:
             "seconds": seconds,
             "episodes_per_second": n_episodes / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
+            "prefix_kept": {"texts": len(kept), "memory_bytes": kept.n_bytes, "file_bytes": kept.n_file_bytes},
             "validation": self.figures,
         }
 

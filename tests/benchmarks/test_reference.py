@@ -66,7 +66,7 @@ def test_chunks_and_slices_change_nothing(
     whole, editor = moved_editor(base), moved_editor(base)
     expected = backward(base, whole, made, WEIGHT)
     monkeypatch.setattr("ie.training.loss._CHUNK_TOKENS", chunk_tokens)
-    monkeypatch.setattr("ie.training.loss._SLICE_LOGITS", 3 * base.model.config.vocab_size)
+    monkeypatch.setattr("ie.base.likelihood._SLICE_LOGITS", 3 * base.model.config.vocab_size)
     found = backward(base, editor, made, WEIGHT)
     torch.testing.assert_close(found.edit, expected.edit, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.locality, expected.locality, rtol=1e-4, atol=1e-8)

@@ -34,6 +34,7 @@ EVENTS = [
 TRAINED = {
     "editor": "ie-editor", "base": "toy", "tasks": ["people"], "holdout": "zsre", "steps": 20, "episodes": 320,
     "seconds": 3.0, "episodes_per_second": 100.0, "peak_memory_bytes": 1000,
+    "prefix_kept": {"texts": 12, "memory_bytes": 100, "file_bytes": 0},
     "validation": {"reliability": 0.9, "generalization": 0.8, "locality": 0.95},
 }  # fmt: skip
 EDITED = {

@@ -56,6 +56,7 @@ BUILD = {
 TRAIN = {
     "editor": "ie-editor", "base": "toy", "tasks": ["people", "places"], "holdout": None, "steps": 10, "episodes": 160,
     "seconds": 12.5, "episodes_per_second": 12.8, "peak_memory_bytes": 512_000_000,
+    "prefix_kept": {"texts": 1200, "memory_bytes": 31_000_000, "file_bytes": 4_000_000},
     "validation": {"reliability": 0.987, "generalization": 0.9, "locality": None},
 }  # fmt: skip
 APPLY = {

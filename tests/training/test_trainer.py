@@ -219,8 +219,10 @@ def test_what_a_run_says(run: Train, tmp_path: Path, load: Callable[..., Base]) 
     result, events = run(steps=3)
     assert set(result) == {
         *("editor", "base", "tasks", "holdout", "steps", "episodes", "seconds", "episodes_per_second"),
-        *("peak_memory_bytes", "validation"),
+        *("peak_memory_bytes", "prefix_kept", "validation"),
     }
+    kept = result["prefix_kept"]
+    assert kept["texts"] > 0 and kept["memory_bytes"] > 0 and kept["file_bytes"] == 0
     assert result["episodes"] == 12 and result["editor"] == str(tmp_path / "editor")
     assert set(result["validation"]) == {"reliability", "generalization", "locality"}
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 3]
