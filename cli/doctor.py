@@ -43,9 +43,12 @@ def _examine(model: str | None, quant: str, dtype: str, device: str) -> dict[str
     import torch
 
     from ie.base.plan import plan_load
+    from ie.base.precision import with_faster_dtype
     from ie.training.memory import estimate_memory
 
     plan = plan_load(quant, dtype, device)
+    if model is not None and dtype == "auto":
+        plan = with_faster_dtype(plan, model)
     on_gpu = plan.device.type == "cuda"
     gpu = torch.cuda.get_device_properties(plan.device) if on_gpu else None
     return {

@@ -73,7 +73,8 @@ class Base:
     @cached_property
     def prefixes(self) -> PrefixStore:
         """Hidden states that enter the first edited block."""
-        key = f"{self.fingerprint}-{self.quant}-{self.decoder.first}"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        key = f"{self.fingerprint}-{self.quant}-{dtype}-{self.decoder.first}"
         store = TextStore(PREFIX_BUDGET_BYTES, lambda text: text.ids, partial(_open_file, key, self.model))
         return PrefixStore(self.decoder, store)
 
