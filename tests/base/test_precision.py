@@ -1,4 +1,4 @@
-"""The dtype of a base on a CPU: fp32 for small matrices, else what was measured to be faster; never changed elsewhere."""
+"""The dtype of a base on a CPU: fp32 for small matrices, else what was measured to be faster; elsewhere as planned."""
 
 from __future__ import annotations
 
