@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ie.base.capture import Signals, recording
+from ie.base.instructions import InstructionStore
 from ie.base.likelihood import nll
 from ie.base.prefix import PrefixStore
 from ie.base.statefile import StateFile
@@ -79,6 +81,10 @@ class Base:
         return PrefixStore(self.decoder, store)
 
     @cached_property
+    def _instructions(self) -> InstructionStore:
+        return InstructionStore(self.decoder, self.prefixes)
+
+    @cached_property
     def _into_head(self) -> TextStore:
         return TextStore(REFERENCE_BUDGET_BYTES)
 
@@ -123,13 +129,18 @@ class Base:
 
     def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
-        hidden = self.prefixes.hidden(batch)
+        hidden, context = self.prefixes.hidden(batch), None
+        if update is None:  # under an edit an instruction's tokens hand on something else
+            context = self._instructions.context(batch)
+            own = [row[text.n_instruction : len(text.ids)] for row, text in zip(hidden, batch.texts, strict=True)]
+            hidden = pad_sequence(own, batch_first=True)
+            batch = self.collate([text.without_instruction() for text in batch.texts])
         with (
             torch.enable_grad(),
             adding(self.model, update) if update else nullcontext(),
             recording(self.model, self.targets) as recorder,
         ):
-            logits = run_suffix(self.decoder, batch, hidden)
+            logits = run_suffix(self.decoder, batch, hidden, context)
             # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
             # be moved as far as a short answer's.
             _, gradient = nll(logits.detach(), batch.labels)
