@@ -29,7 +29,7 @@ from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "backward"]
 
-_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 512, 8192  # what suits a CPU's caches; what keeps a GPU busy
+_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 256, 8192  # what suits a CPU's caches; what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,25 @@ class Loss:
 
 def backward(base: Base, editor: Editor, episodes: Episodes, locality_weight: float) -> Loss:
     """Edit, ask every query under its edit, and add the loss's gradient to that of the editor's parameters."""
-    update = editor.update(base.signals(collate_requests(base, episodes.requests)))
+    signals = base.signals(collate_requests(base, episodes.requests))
+    update, ranks = editor.update(signals), signals.n_tokens()
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     n_wanted, n_kept = len(episodes.wanted), max(1, len(episodes.kept))
     asks = [*episodes.wanted, *episodes.kept]
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
-    for indices, texts in by_length(base, asks, n_tokens):
+    # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many.
+    sizes = [(ranks[ask.edit] - 1).bit_length() for ask in asks]
+    for indices, texts in by_length(base, asks, n_tokens, sizes):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
         order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_wanted)
         batch = base.collate([texts[i] for i in order])
         edits = torch.tensor([asks[indices[i]].edit for i in order], device=base.device)
+        rank = max(ranks[asks[i].edit] for i in indices)
         n_texts = sum(index < n_wanted for index in indices)
         n_answer = int((batch.rows < n_texts).sum())
 
-        logits = base.logits(batch, leaves, edits)
+        logits = base.logits(batch, {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits)
         surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
         kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
         logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
