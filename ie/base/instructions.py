@@ -67,7 +67,7 @@ class InstructionStore:
         nothing = states.new_zeros(len(states), 1, states.shape[1], 1)
         for block in range(self._decoder.first):
             cache.update(nothing, nothing, block)  # never attended to, but asked how many tokens stand before
-        parts = states.split(self._widths, -1)
+        parts = torch.split(states, self._widths, -1)
         for i, heads in enumerate(self._heads):
             key, value = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in parts[2 * i : 2 * i + 2])
             cache.update(key, value, self._decoder.first + i)

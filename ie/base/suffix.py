@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers import DynamicCache
 
 from ie.data.tokens import TokenBatch
@@ -121,7 +120,7 @@ def run_into_cache(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> list[
 
     with torch.no_grad(), suppress(_SeenEnoughError), _heading(decoder, stop):
         _run_blocks(decoder, batch, hidden, nothing)
-    return [(layer.keys, layer.values) for layer in cache.layers[decoder.first :]]  # type: ignore[misc]
+    return [(layer.keys, layer.values) for layer in cache.layers[decoder.first :]]  # type: ignore[misc, union-attr]
 
 
 def run_to_head(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
