@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -185,6 +186,8 @@ def is_module_path(name: str) -> bool:
 def _read_bytes(path: Path) -> tuple[bytes, int]:
     """Return the header's JSON bytes and the number of bytes that follow them."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("no regular file")  # opening a pipe would wait for a writer, reading a device never end
         with path.open("rb") as file:
             n_file = os.fstat(file.fileno()).st_size
             if n_file < 8:

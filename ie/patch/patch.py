@@ -132,6 +132,8 @@ def _false_ranks(patch: Patch) -> list[str]:
         return []
     faults = []
     for parent in patch.info.parents:
+        if parent.info.parents:
+            faults.append(f"its parent {parent.name!r} is a stack itself, expected single edits")
         if any(rank < 0 for rank in parent.ranks.values()) or parent.ranks.keys() - patch.factors.keys():
             faults.append(f"the ranks of its parent {parent.name!r} do not fit its modules")
     for name, (a, _) in patch.factors.items():
