@@ -21,7 +21,7 @@ from ie.header import Layout, Span, read_layout
 
 __all__ = ["Change", "Written", "rewrite"]
 
-_BLOCK_VALUES = 4 * 1024 * 1024  # 16 MiB in float32
+_BLOCK_VALUES = 1024 * 1024  # 4 MiB in float32, of which some copies are alive at once
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in _FORMATS.items()}
@@ -154,7 +154,7 @@ def _copy(reader: BinaryIO, writer: BinaryIO, span: Span) -> None:
     reader.seek(span.begin)
     left = span.end - span.begin
     while left:
-        block = reader.read(min(left, 4 * _BLOCK_VALUES))
+        block = reader.read(min(left, _BLOCK_VALUES))
         writer.write(block)
         left -= len(block)
 

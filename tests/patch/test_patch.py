@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from ie.base import Base
 from ie.base.asking import Ask, answers
 from ie.errors import BaseMismatchError, InputError, PatchError
 from ie.patch import Patch, PatchInfo, applied
-from ie.patch.info import PatchBase
+from ie.patch.info import Kept, PatchBase
 from ie.patch.live import check_base, combined
 from tests.dense import edited, random_update, state_hash
 from tests.models import ARCHITECTURES
@@ -125,6 +126,46 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], 
         document = json.loads(file.metadata()["ie"])
     change(tensors, document)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"ie": json.dumps(document)})
+
+
+GOLDEN = (
+    '{"__metadata__":{"ie":"{\\"after\\": \\"Lima\\", \\"base\\": {\\"fingerprint\\": \\"0123456789abcdef\\", '
+    '\\"id\\": \\"toy\\", \\"revision\\": null}, \\"before\\": \\"Paris\\", \\"created\\": '
+    '\\"2030-01-02T03:04:05+00:00\\", \\"editor\\": \\"ab12\\", \\"format_version\\": 1, \\"instruction\\": null, '
+    '\\"kept\\": {\\"energy\\": 0.9995, \\"rank_before\\": 7}, \\"norms\\": {\\"m.up\\": 10.0}, \\"parents\\": [], '
+    '\\"probes\\": [], \\"prompt\\": \\"The capital of France is\\", \\"scale\\": 1.0, \\"target\\": \\"Lima\\", '
+    '\\"templates\\": null, \\"took\\": true, \\"versions\\": {\\"ie\\": \\"0.1.0\\"}}"},'
+    '"m.up.A":{"dtype":"F16","shape":[1,2],"data_offsets":[0,4]},'
+    '"m.up.B":{"dtype":"F16","shape":[1,1],"data_offsets":[4,6]}}'
+)
+
+
+def test_golden_bytes(tmp_path: Path) -> None:
+    """The example of docs/patch-format.md, byte for byte: A = (3, 4), B = (2), so the norm is 10."""
+    info = PatchInfo(
+        base=PatchBase(id="toy", fingerprint="0123456789abcdef"),
+        editor="ab12",
+        instruction=None,
+        prompt="The capital of France is",
+        target="Lima",
+        before="Paris",
+        after="Lima",
+        took=True,
+        created="2030-01-02T03:04:05+00:00",
+        versions={"ie": "0.1.0"},
+        kept=Kept(energy=0.9995, rank_before=7),
+    )
+    header = GOLDEN.encode()
+    header += b" " * (-len(header) % 8)
+    golden = struct.pack("<Q", len(header)) + header + bytes.fromhex("0042 0044 0040")
+    (tmp_path / "golden").write_bytes(golden)
+    found = Patch.load(tmp_path / "golden")
+    assert found.info.prompt == info.prompt and found.dtype == "float16"
+    assert found.factors["m.up"][0].tolist() == [[3, 4]] and found.factors["m.up"][1].tolist() == [[2]]
+    Patch(info, {"m.up": (torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))}, "float16").save(tmp_path / "saved")
+    assert (tmp_path / "saved").read_bytes() == golden
+    document = (Path(__file__).parents[2] / "docs" / "patch-format.md").read_text()
+    assert golden.hex()[-12:] in document.replace(" ", "") and json.loads(GOLDEN)["__metadata__"]["ie"] in document
 
 
 def test_unknown_keys_are_passed_over(load: Callable[..., Base], tmp_path: Path) -> None:
