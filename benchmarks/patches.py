@@ -1,4 +1,4 @@
-"""Patches of real edits: `python -m benchmarks.patches --editor DIR --data DIR [--model M] [--n 20]`.
+"""Patches of real edits: `python -m benchmarks.patches --editor DIR --data DIR [--model M] [--n 20] [--rank 4]`.
 
 Sizes of the patches of `--n-sizes` test records; `--n` random ones stacked, alone and together, who disturbs whom, and
 whether taking one out leaves the others' logits as they were, bit for bit; and the peak memory of merging a sharded
@@ -33,7 +33,7 @@ from ie.versions import versions
 
 _BATCH = 32
 _MERGE = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from ie.base.plan import meta_model
@@ -41,10 +41,11 @@ from ie.base.targets import find_targets
 from ie.patch.merge import merge_checkpoint
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 update = {t.name: (torch.ones(1, 4, t.d_in), torch.ones(1, 4, t.d_out)) for t in find_targets(meta_model(str(source)))}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone: getrusage has that of the process which started it, too
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
 merge_checkpoint(source, update, out)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(before * 1024, after * 1024)
+print(before, peak())
 """
 
 
@@ -58,14 +59,14 @@ def draw(data: Path, n: int, seed: int) -> list[RequestSettings]:
     ]
 
 
-def edits(base: Base, editor_folder: Path, requests: list[RequestSettings]) -> list[Patch]:
+def edits(base: Base, editor_folder: Path, requests: list[RequestSettings], rank: int | None = None) -> list[Patch]:
     """The patches of some requests, as `ie edit` makes them."""
     editor, info = load_editor(editor_folder, base)
     method, made = editor_method(editor), []
     for start in range(0, len(requests), _BATCH):
         chunk = requests[start : start + _BATCH]
         update = method(base, [EditRequest(one.prompt, one.target, one.instruction) for one in chunk])
-        made += make_patches(base, update, chunk, info)
+        made += make_patches(base, update, chunk, info, rank)
     return made
 
 
@@ -78,7 +79,7 @@ def sizes(patches: list[Patch], folder: Path) -> dict[str, Any]:
         "took": len(took),
         "median_bytes": n_bytes[len(n_bytes) // 2],
         "largest_bytes": n_bytes[-1],
-        "largest_bytes_that_took": max((patch.save(folder / "patch") for patch in took), default=0),
+        **{f"share_of_at_most_{kib}_kib": sum(n <= kib * 1024 for n in n_bytes) / len(n_bytes) for kib in (64, 256)},
         "largest_rank": max(patch.rank for patch in patches),
         "least_energy_kept": min(patch.info.kept.energy for patch in patches if patch.info.kept),
     }
@@ -145,13 +146,16 @@ def main() -> None:
     parser.add_argument("--model", help="the editor's base unless given")
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--n-sizes", type=int, default=200)
+    parser.add_argument("--rank", type=int, default=4, help="of a second round of sizes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     base = load_base(args.model or load_info(args.editor).base.id)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        result["sizes"] = sizes(edits(base, args.editor, draw(args.data, args.n_sizes, args.seed)), folder)
+        requests = draw(args.data, args.n_sizes, args.seed)
+        for rank in (None, args.rank):
+            result[f"sizes, rank {rank or 'by energy'}"] = sizes(edits(base, args.editor, requests, rank), folder)
         result["stacking"] = stacking(base, edits(base, args.editor, draw(args.data, args.n, args.seed)), folder)
         result["merging"] = merging(folder)
     sys.stdout.write(json.dumps({**result, "versions": versions()}, indent=1) + "\n")

@@ -21,7 +21,7 @@ from ie.header import Layout, Span, read_layout
 
 __all__ = ["Change", "Written", "rewrite"]
 
-_BLOCK_VALUES = 1024 * 1024  # 4 MiB in float32, of which some copies are alive at once
+_BLOCK_VALUES = 512 * 1024  # 2 MiB in float32, of which some copies are alive at once
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {code: name for name, code in _FORMATS.items()}
@@ -143,9 +143,9 @@ def _add(reader: BinaryIO, writer: BinaryIO, key: str, span: Span, change: Chang
             raise PatchError(
                 f"{key} with the edit in it is not finite in {_NAMES[to]}", hint="give a wider --dtype, or a --scale"
             )
-        effect = new.double() - old.to(_DTYPES[to]).double()
-        energy += float(delta.double().square().sum())
-        kept += float((effect * delta.double()).sum())
+        effect = new.float() - old.to(_DTYPES[to]).float()
+        energy += float((delta * delta).sum(dtype=torch.float64))  # millions of terms
+        kept += float((effect * delta).sum(dtype=torch.float64))
         writer.write(_bytes(new))
     return Written(_NAMES[to], energy, kept)
 

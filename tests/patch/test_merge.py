@@ -208,29 +208,36 @@ def test_a_quantised_checkpoint_is_refused(
 
 
 PEAK = """
-import json, resource, sys
+import sys
 from pathlib import Path
 import torch
 from ie.base.targets import find_targets
 from ie.base.plan import meta_model
 from ie.patch.merge import merge_checkpoint
-source = Path(sys.argv[1])
-update = {t.name: (torch.ones(1, 4, t.d_in), torch.ones(1, 4, t.d_out)) for t in find_targets(meta_model(str(source)))}
-merge_checkpoint(source, {}, Path(sys.argv[2]) / "once")  # what importing and the first use of everything take
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for dtype in (None, "bfloat16"):
-    merge_checkpoint(source, update, Path(sys.argv[2]) / str(dtype), dtype=dtype)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+def merge(source, out):
+    targets = find_targets(meta_model(str(source)))
+    update = {t.name: (torch.ones(1, 4, t.d_in), torch.ones(1, 4, t.d_out)) for t in targets}
+    for dtype in (None, "bfloat16"):
+        merge_checkpoint(source, update, out / f"{source.name}-{dtype}", dtype=dtype)
+def peak():  # of this process alone: getrusage has that of the process which started it, too
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+small, large, out = map(Path, sys.argv[1:])
+merge(small, out)  # libraries' code and its first use
+before = peak()
+merge(large, out)
+print(peak() - before)
 """
 
 
-def test_memory_does_not_grow_with_the_shards(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux writes it")
+def test_memory_does_not_grow_with_the_shards(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source", max_shard_size="70MB")
     shards = [path.stat().st_size for path in (tmp_path / "source").glob("*.safetensors")]
     assert len(shards) >= 3 and max(shards) > 50e6
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "source"), str(tmp_path)]
+    command = [sys.executable, "-c", PEAK, str(checkpoint("llama")), str(tmp_path / "source"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 0.75 * max(shards)  # blocks of 4 MiB in some copies; a shard in memory would be 1
+    assert int(done.stdout) < 0.9 * max(shards)  # a shard in memory would be 1 beside the rest
