@@ -24,7 +24,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a patch, an editor or a dataset is."""
-    with reporting(json=json, quiet=quiet, debug=debug) as render:
+    with reporting(json=json, quiet=quiet, debug=debug, logs=False) as render:
         result = describe(path)
         if render.as_json:
             render.result(result)
@@ -38,10 +38,11 @@ def describe(path: Path) -> dict[str, Any]:
     """Return what the file or folder says about itself; `kind` says what it is."""
     if not path.exists():
         raise InputError(f"there is nothing at {path}", hint="expected a patch, an adapter, an editor or a dataset")
-    from ie.adapter import is_adapter
-
     if path.is_file():
         return _patch(path)
+
+    from ie.adapter import is_adapter  # here: a patch has no use for it
+
     if is_adapter(path):
         return _adapter(path)
     if (path / "dataset.json").is_file():

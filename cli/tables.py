@@ -6,14 +6,15 @@ All tables fit 80 columns: texts fold, figures don't.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .report import LEGEND, Line, by_task, cell, labels, named
+if TYPE_CHECKING:
+    from .report import Line
 
 __all__ = [
     "apply_view",
@@ -216,6 +217,8 @@ def _checkpoint(merged: Json | None) -> str | None:
 
 def eval_view(result: Json) -> View:
     """A table for each task, methods side by side, and one for the controls where there are any."""
+    from .report import LEGEND, by_task, labels, named  # here: `ie inspect` has no use for it
+
     rows = named([row for row in result["rows"] if not row.get("control")])
     controls = [row for row in result["rows"] if row.get("control")]
     parts: View = []
@@ -229,6 +232,8 @@ def eval_view(result: Json) -> View:
 
 def _beside(title: str, lines: Sequence[Line], names: Mapping[str, str]) -> Table:
     """Two methods at most: a column for each."""
+    from .report import cell
+
     table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
     for line in lines:
         _row(table, line.metric, line.query, line.decoding, line.n, *(cell(line.cells.get(name)) for name in names))
@@ -237,6 +242,8 @@ def _beside(title: str, lines: Sequence[Line], names: Mapping[str, str]) -> Tabl
 
 def _below(title: str, lines: Sequence[Line], names: Mapping[str, str], column: str) -> Table:
     """Many methods: a line for each, and a column for each way of asking."""
+    from .report import cell
+
     ways = list(dict.fromkeys((line.query, line.decoding) for line in lines))
     heads = ["\n".join(way) for way in ways]
     found = {(line.metric, line.query, line.decoding): line for line in lines}
