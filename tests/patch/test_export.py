@@ -156,6 +156,20 @@ def test_the_adapter_of_a_quantised_base_is_the_same(load: Callable[..., Base], 
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peft_on_an_eight_bit_base_computes_what_is_applied(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    base = load(name, "8bit")
+    update = random_update(base)
+    export_peft(base, update, tmp_path / "adapter")
+    own = load_base(str(checkpoint(name)), quant="8bit", dtype="float32", device="cpu")  # PEFT wraps modules in place
+    model = PeftModel.from_pretrained(own.model, tmp_path / "adapter").eval()
+    expected = applied_logits(base, update)
+    assert (logits_of(base, base.model) - expected).abs().max() > 0.05
+    torch.testing.assert_close(logits_of(base, model), expected, atol=1e-5, rtol=1e-5)  # float32 beside 8-bit products
+
+
 def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="rank 513"):
         export_peft(load("gpt2"), random_update(load("gpt2"), rank=513), tmp_path / "adapter")
