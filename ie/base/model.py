@@ -39,6 +39,7 @@ class Base:
 
     Attributes:
         id: the name it was loaded by: `toy`, a hub id, or a folder.
+        folder: its checkpoint.
         fingerprint: names its weights; the same for every dtype and quantisation of one checkpoint.
         quant: `none`, `8bit` or `4bit`.
         reason: why it is computed in its dtype, for people.
@@ -49,6 +50,7 @@ class Base:
     """
 
     id: str
+    folder: Path
     fingerprint: str
     quant: str
     reason: str
@@ -56,6 +58,11 @@ class Base:
     tokenizer: Any
     targets: tuple[EditTarget, ...]
     decoder: Decoder
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit that it was loaded from; None for a folder that is not of the hub."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     @property
     def device(self) -> torch.device:

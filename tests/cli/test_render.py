@@ -13,7 +13,8 @@ from rich.console import Console, RenderableType
 
 LONG = "a prompt that is much longer than one column of a table can be, with [brackets] and :smile: in it"
 EDIT = {
-    "patch": "patch.safetensors", "bytes": 12_345, "rank": 9, "took": True, "prompt": LONG, "target": "Sydney",
+    "patch": "patch.safetensors", "bytes": 12_345, "rank": 9, "dtype": "float16", "energy_kept": 0.9991,
+    "took": True, "prompt": LONG, "target": "Sydney",
     "before": "Canberra", "after": "Sydney", "target_probability": {"before": 2e-7, "after": 0.98765},
     "probes": [{"prompt": LONG, "before": "Paris", "after": "Rome", "changed": True}], "seconds": 0.512,
 }  # fmt: skip
@@ -59,10 +60,40 @@ TRAIN = {
     "prefix_kept": {"texts": 1200, "memory_bytes": 31_000_000, "file_bytes": 4_000_000},
     "validation": {"reliability": 0.987, "generalization": 0.9, "locality": None},
 }  # fmt: skip
-APPLY = {
-    "patches": ["a.safetensors", "b.safetensors"], "took": [True, True],
-    "previews": [{"prompt": LONG, "before": "Canberra", "after": "Sydney"}], "merged": None, "peft": "adapter",
+APPLIED = {
+    "patch": "a.safetensors", "name": "a.safetensors", "prompt": LONG, "target": "Sydney", "before": "Canberra",
+    "after": "Sydney", "took": True, "took_alone": True,
 }  # fmt: skip
+APPLY = {
+    "patches": [APPLIED, {**APPLIED, "patch": "b.safetensors", "name": "b.safetensors", "took": False}],
+    "took": False,
+    "disturbed": [
+        {"number": 2, "patch": "b.safetensors", "prompt": LONG, "by": ["a"], "by_numbers": [1], "most_by": "a"}
+    ],
+    "previews": [{"prompt": LONG, "before": "Canberra", "after": "Sydney"}],
+    "out": {"path": "c.safetensors", "bytes": 45_600, "edits": 2},
+    "merged": {"path": "m", "dtype": "bfloat16", "kept": 0.553, "took": True, "answers": ["Sydney"], "n_tensors": 9},
+    "peft": {"path": "adapter", "rank": 16},
+    "checks": [
+        {"server": "vllm", "takes": True, "reason": None, "flags": "vllm serve BASE --enable-lora"},
+        {"server": "sglang", "takes": False, "reason": "gpt2: no LoRA", "flags": None},
+    ],
+}
+PATCH = {
+    "kind": "patch", "path": "p.safetensors", "bytes": 45_600, "format_version": 1, "rank": 3,
+    "base": {"id": "toy", "fingerprint": "ab12", "revision": None}, "prompt": LONG, "target": "Sydney",
+    "before": "Canberra", "after": "Sydney", "took": True, "kept": {"energy": 0.9991, "rank_before": 12},
+    "probes": [{"prompt": "Q", "before": "Paris", "after": "Rome"}, {"prompt": "R", "before": "Oslo", "after": "Oslo"}],
+    "parents": [],
+    "modules": {
+        "model.layers.10.mlp.up_proj": {"rank": 3, "norm": 0.12345, "A": [3, 16], "B": [3, 32], "dtype": "F16"}
+    },
+}  # fmt: skip
+STACK = {
+    **PATCH,
+    "prompt": None,
+    "parents": [{"name": "a.safetensors", "took": False, "info": {"prompt": LONG, "target": "Sydney", "took": True}}],
+}
 DOCTOR = {
     "python": "3.11.7", "platform": "Linux x86_64", "cores": 2, "memory_bytes": 25e9, "gpu": None,
     "gpu_memory_bytes": None, "bf16": False, "versions": {"torch": "2.13.0", "peft": None}, "base": "toy",
@@ -70,14 +101,27 @@ DOCTOR = {
 }  # fmt: skip
 
 CASES: list[tuple[Callable[[Any], list[RenderableType]], dict[str, Any], list[str]]] = [
-    (tables.edit_view, EDIT, ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9"]),
+    (
+        tables.edit_view,
+        EDIT,
+        ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9", "99.9%"],
+    ),
     (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took"]),
     (tables.eval_view, EVAL, ["zsre (held out)", "before", "after", "100.0 (90-100)", "128"]),
     (tables.eval_view, MANY, ["before", "instructedit", "mend", "finetune", "gradient", "(86-100)"]),
     (tables.eval_view, CONTROLS, ["which instruction", "right", "wrong-task", "unseen"]),
     (tables.build_view, BUILD, ["900", "10 + 5", "skipped 3: no answer", "0123456789abcdef"]),
     (tables.train_view, TRAIN, ["people, places", "12.8 per second", "98.7%", "512.0 MB"]),
-    (tables.apply_view, APPLY, ["a.safetensors, b.safetensors", "adapter", "Sydney"]),
+    (
+        tables.apply_view,
+        APPLY,
+        [
+            *("a.safetensors, b.safetensors", "adapter", "Sydney", "disturbed by", "55.3% of the change"),
+            *("c.safetensors (45.6 KB, 2 edits)", "vllm serve BASE", "no: gpt2: no LoRA"),
+        ],
+    ),
+    (tables.inspect_view, PATCH, ["Canberra", "changed", "same", "0.1235", "3 x 16", "F16", "0.9991", "ab12"]),
+    (tables.inspect_view, STACK, ["1 a.safetensors", "Sydney", "alone", "together", "no"]),
     (tables.doctor_view, DOCTOR, ["float32", "not installed", "25.0 GB", "no GPU"]),
     (tables.demo_view, {"build": BUILD, "train": TRAIN, "edit": EDIT, "eval": EVAL}, ["ie build", "ie eval"]),
 ]
