@@ -12,7 +12,7 @@ import torch
 from ie.base.model import Base
 from ie.data.dataset import Dataset
 from ie.editor.editor import Editor, EditorSettings
-from ie.training.episodes import Episodes, draw_records, make_episodes
+from ie.training.episodes import Episodes, Relations, draw_records, make_episodes
 from ie.training.loss import Loss, backward
 from ie.training.settings import TrainSettings
 
@@ -26,11 +26,13 @@ def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
     dataset = Dataset.load(data)
     tasks = [task for task in dataset.tasks if task not in SETTINGS.holdout]
     rng = random.Random(seed)
-    stream = draw_records(dataset.records("train", tasks), SETTINGS.balance, rng)
+    records = dataset.records("train", tasks)
+    stream, relations = draw_records(records, SETTINGS.balance, rng), Relations(records)
     return [
         make_episodes(
             [next(stream) for _ in range(SETTINGS.batch_size)],
             rng,
+            relations=relations,
             instructed=True,
             plain_share=SETTINGS.plain_share,
             n_negatives=SETTINGS.n_negatives,

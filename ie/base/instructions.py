@@ -69,6 +69,6 @@ class InstructionStore:
             cache.update(nothing, nothing, block)  # never attended to, but asked how many tokens stand before
         parts = torch.split(states, self._widths, -1)
         for i, heads in enumerate(self._heads):
-            key, value = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in parts[2 * i : 2 * i + 2])
+            key, value = (torch.unflatten(one, -1, (heads, -1)).transpose(1, 2) for one in parts[2 * i : 2 * i + 2])
             cache.update(key, value, self._decoder.first + i)
         return cache

@@ -31,7 +31,7 @@ from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean, mean
 from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import forced_figures
-from ie.training.episodes import draw_records, make_episodes
+from ie.training.episodes import Relations, draw_records, make_episodes
 from ie.training.loss import Loss, backward
 from ie.training.settings import TrainSettings
 
@@ -117,6 +117,7 @@ class _Run:
         self.settings, self.base, self.on_event = settings, base, on_event
         self.rng = random.Random(settings.seed)
         self.stream = draw_records(records, settings.balance, self.rng)
+        self.relations = Relations(records)
         self.validation = _spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings(
             method=settings.method, rank=settings.rank, n_layers=settings.n_layers, rate=settings.rate
@@ -181,6 +182,7 @@ class _Run:
         episodes = make_episodes(
             self._batch(),
             self.rng,
+            relations=self.relations,
             instructed=self.settings.method == "instructedit",
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
