@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .report import Line
+    from .report import Line, Section
 
 __all__ = [
     "apply_view",
@@ -216,44 +216,48 @@ def _checkpoint(merged: Json | None) -> str | None:
 
 
 def eval_view(result: Json) -> View:
-    """A table for each task, methods side by side, and one for the controls where there are any."""
-    from .report import LEGEND, by_task, labels, named  # here: `ie inspect` has no use for it
+    """The summary, a table for each task with methods side by side, those of the controls, and the settings."""
+    from .report import LEGEND, sections, settings, summary_of  # here: `ie inspect` has no use for it
 
-    rows = named([row for row in result["rows"] if not row.get("control")])
-    controls = [row for row in result["rows"] if row.get("control")]
-    parts: View = []
-    for found, column, suffix in ((rows, "method", ""), (controls, "control", ": which instruction")):
-        names = labels(found, column)
-        for task, lines in by_task(found, column).items():
-            title = f"{task}{' (held out)' if task == result.get('holdout') else ''}{suffix}"
-            parts += [_beside(title, lines, names) if len(names) <= 2 else _below(title, lines, names, column), _GAP]
-    return [*parts, Text(LEGEND), _GAP, _facts(None, {"base": result["base"], "editor": result.get("editor")})]
+    parts: View = [*(Text(f"- {line}") for line in summary_of(result)), _GAP]
+    for section in sections(result):
+        parts += [_beside(section) if len(section.names) <= 2 else _below(section), _GAP]
+    return [*parts, Text(LEGEND), _GAP, _facts(None, settings(result))]
 
 
-def _beside(title: str, lines: Sequence[Line], names: Mapping[str, str]) -> Table:
+def _beside(section: Section) -> Table:
     """Two methods at most: a column for each."""
-    from .report import cell
-
-    table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
-    for line in lines:
-        _row(table, line.metric, line.query, line.decoding, line.n, *(cell(line.cells.get(name)) for name in names))
+    names = section.names
+    table = _table(
+        section.title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()), narrow=True
+    )
+    for line in section.lines:
+        cells = (_cell(line, name, stacked=False) for name in names)
+        _row(table, line.metric, line.query, line.decoding, line.n, *cells)
     return table
 
 
-def _below(title: str, lines: Sequence[Line], names: Mapping[str, str], column: str) -> Table:
+def _below(section: Section) -> Table:
     """Many methods: a line for each, and a column for each way of asking."""
-    from .report import cell
-
+    lines = section.lines
     ways = list(dict.fromkeys((line.query, line.decoding) for line in lines))
     heads = ["\n".join(way) for way in ways]
     found = {(line.metric, line.query, line.decoding): line for line in lines}
-    table = _table(title, "metric", column, "n", *heads, figures=("n", *heads), narrow=True)
+    table = _table(section.title, "metric", section.column, "n", *heads, figures=("n", *heads), narrow=True)
     for metric in dict.fromkeys(line.metric for line in lines):
-        for name, label in names.items():
+        for name, label in section.names.items():
             there = [found.get((metric, *way)) for way in ways]
-            cells = [cell(line.cells.get(name) if line else None, stacked=True) for line in there]
-            _row(table, metric, label, max(line.n for line in there if line), *cells)
+            n = max(line.n for line in there if line)
+            _row(table, metric, label, n, *(_cell(line, name, stacked=True) if line else None for line in there))
     return table
+
+
+def _cell(line: Line, name: str, *, stacked: bool) -> Text:
+    """A figure; the best one bold as well as marked, so that it shows without colour too."""
+    from .report import cell
+
+    best = name == line.best
+    return Text(cell(line.cells.get(name), stacked=stacked, best=best), style="bold green" if best else "")
 
 
 def inspect_view(result: Json) -> View:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ie.cli import tables
 from ie.cli.render import Render
-from ie.cli.report import to_markdown
+from ie.cli.report import summary_of, to_markdown
 from rich.console import Console, RenderableType
 
 LONG = "a prompt that is much longer than one column of a table can be, with [brackets] and :smile: in it"
@@ -200,3 +200,29 @@ def test_markdown_has_all_tables() -> None:
     assert "## zsre (held out): which instruction\n" in text
     assert "| metric | query | decoding | n | before | after |\n| --- | --- | --- | ---: | ---: | ---: |\n" in text
     assert "| reliability | plain | generated | 128 | 0.0 (0-0) | 100.0 (90-100) |" in text
+
+
+def _row(method: str, value: float, **more: object) -> dict[str, object]:
+    base = {"task": "people", "method": method, "query": "plain", "decoding": "forced", "metric": "reliability"}
+    return {**base, "value": value, "low": value - 0.05, "high": min(1.0, value + 0.05), "n": 40, **more}
+
+
+@pytest.mark.parametrize(("low", "n", "marked"), [(0.1, 40, True), (-0.1, 40, False), (0.1, 3, False)])
+def test_the_best_method_is_marked_only_where_the_interval_allows_it(low: float, n: int, marked: bool) -> None:
+    gap = _row("instructedit", 0.3, versus="gradient", low=low, high=0.5, n=n)
+    rows = [_row("none", 0.1), _row("instructedit", 0.9), _row("gradient", 0.6)]
+    text = to_markdown({"base": "toy", "holdout": None, "rows": rows, "differences": [gap]})
+    assert ("* 90.0" in text) is marked and "* 60.0" not in text and "* 10.0" not in text
+
+
+def test_the_summary_says_what_works_what_does_not_and_what_to_try() -> None:
+    rows = [_row("none", 0.0), _row("instructedit", 1.0), _row("instructedit", 0.5, metric="locality")]
+    rows += [_row("instructedit", 1.0, task="places")]
+    lines = summary_of({"rows": rows})
+    assert lines[0].startswith("instructedit, plain and forced: places at 90 %")
+    assert any(line.startswith("locality is below 90 % for people") and "raise" in line for line in lines)
+    gap = _row("instructedit", 0.0, metric="harmonic-mean", control="right", versus_control="none", low=-0.1)
+    assert "no difference beyond chance" in summary_of({"rows": rows, "differences": [gap]})[-1]
+    assert "edits better" in summary_of({"rows": rows, "differences": [{**gap, "low": 0.01}]})[-1]
+    assert len(summary_of({"rows": rows, "differences": [gap]})) <= 6
+    assert "No editing method" in summary_of({"rows": [_row("none", 0.0)]})[0]
