@@ -6,6 +6,10 @@ An estimate: exact for weights, editor and optimiser; activations are counted fo
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -15,7 +19,7 @@ from ie.base.targets import find_blocks, find_targets, module_shape
 from ie.editor.editor import Editor, EditorSettings
 from ie.training.settings import TrainSettings
 
-__all__ = ["estimate_memory"]
+__all__ = ["estimate_memory", "peak_memory_bytes"]
 
 _PLAIN_TOKENS, _INSTRUCTED_TOKENS = 16, 80
 _ANSWER_TOKENS = 4
@@ -74,3 +78,14 @@ def _base_bytes(model: nn.Module, blocks: nn.ModuleList, plan: Plan) -> int:
     }
     small = _QUANTISED_BYTES.get(plan.quant, 0.0)
     return int(sum(p.numel() * (small if id(p) in packed else plan.dtype.itemsize) for p in model.parameters()))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent held when it started this process
+        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -41,6 +41,10 @@ class TrainSettings(BaseModel):
         n_validation: records that validation looks at.
         patience: validations without a better one after which training ends; None for no early stop.
         n_fit: edits that the normaliser is fitted on.
+        checkpoint_every: steps between checkpoints; None for by time alone.
+        checkpoint_minutes: the longest time between checkpoints.
+        resume: go on from the last good checkpoint of an unfinished run for `out`.
+        report_to: a tracker beside the JSONL file of figures.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,3 +76,7 @@ class TrainSettings(BaseModel):
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6
     n_fit: PositiveInt = 256
+    checkpoint_every: PositiveInt | None = None
+    checkpoint_minutes: PositiveFloat = 5.0
+    resume: bool = False
+    report_to: Literal["tensorboard", "wandb", "trackio"] | None = None

@@ -21,6 +21,7 @@ from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean
 from ie.evaluation.tuning import forced_figures
 from ie.training import Event, TrainSettings, train, trainer
+from ie.training import run as run_module
 from ie.training.episodes import Episodes, make_episodes
 from tests.dense import state_hash
 
@@ -61,7 +62,7 @@ def episodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Episodes]
         seen.append(([record.task for record in records], made))
         return made
 
-    monkeypatch.setattr(trainer, "make_episodes", watch)
+    monkeypatch.setattr(run_module, "make_episodes", watch)
     return seen
 
 
@@ -157,7 +158,7 @@ def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Call
     base = load("llama")
     editor, _ = load_editor(tmp_path / "editor", base)
     tasks = ("convsent", "general", "people", "places")
-    records = trainer._spread(Dataset.load(dataset).records("validation", tasks), 8, 0)
+    records = run_module._spread(Dataset.load(dataset).records("validation", tasks), 8, 0)
     again = forced_figures(base, editor_method(editor), records, heldout_instructions(records))
     assert again == pytest.approx(best)  # float
 
