@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ie.base.model import Base
+from ie.base.update import Factors, Update
 from ie.data.record import Record
 from ie.editor.editor import Editor, EditorSettings
 from ie.editor.files import save_editor
-from ie.editor.methods import editor_method
+from ie.editor.methods import Method, editor_method
 from ie.editor.request import EditRequest, collate_requests
 from ie.errors import BaseMismatchError, InputError
 from ie.evaluation.instructions import heldout_instructions
@@ -259,9 +260,8 @@ class Run:
         if not self.validation:
             self.best = copy.deepcopy(self.editor.state_dict())
             return
-        figures = forced_figures(
-            self.base, editor_method(self.editor), self.validation, heldout_instructions(self.validation), self.before
-        )
+        method = _in_batches(editor_method(self.editor), self.settings.batch_size)
+        figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
         score = harmonic_mean(list(figures.values()))
         if score > self.best_score:
             self.best_score, self.n_stale = score, 0
@@ -339,6 +339,26 @@ class Run:
             validation=self.figures,
             beside=[folder / CONFIG, folder / METRICS],
         )
+
+
+def _in_batches(method: Method, size: int) -> Method:
+    """The same method, a few requests at a time: the signals of all validation edits at once need gigabytes."""
+
+    def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
+        parts = [method(base, requests[start : start + size]) for start in range(0, len(requests), size)]
+        joined: dict[str, Factors] = {}
+        for name in parts[0]:
+            rank = max(part[name][0].shape[1] for part in parts)
+            a, b = (
+                torch.cat(
+                    [nn.functional.pad(part[name][i], (0, 0, 0, rank - part[name][i].shape[1])) for part in parts]
+                )
+                for i in (0, 1)
+            )
+            joined[name] = (a, b)
+        return joined
+
+    return edit
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
