@@ -13,11 +13,13 @@ from typing import Any
 
 from ie.base.load import load_base
 from ie.base.model import Base
+from ie.base.plan import plan_load
 from ie.data.dataset import Dataset
 from ie.errors import InputError
 from ie.training.checkpoint import Checkpoint, checkpoints, discard_leftovers, newest_checkpoint, training_folder
 from ie.training.distributed import Processes, joined
 from ie.training.events import Event, OnEvent
+from ie.training.memory import enough_memory
 from ie.training.metrics import check_tracker
 from ie.training.run import Run
 from ie.training.settings import TrainSettings
@@ -56,10 +58,23 @@ def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> 
         raise InputError(f"a batch of {settings.batch_size} cannot be shared by {processes.n} processes")
     dataset = Dataset.load(settings.data)
     tasks = tuple(task for task in settings.tasks or dataset.tasks if task not in settings.holdout)
-    records = dataset.records("train", tasks)
-    if not records:
+    if not dataset.records("train", tasks):
         raise InputError(f"{settings.data} has no training record of {', '.join(tasks) or 'any task'}")
     saved = processes.from_first(_saved(settings, dataset.fingerprint, on_event) if processes.is_first else None)
+    plan = plan_load(settings.quant, settings.dtype, processes.device or settings.device)
+    with enough_memory(settings.model, plan, settings):
+        return _run(settings, processes, dataset, tasks, saved, on_event)
+
+
+def _run(
+    settings: TrainSettings,
+    processes: Processes,
+    dataset: Dataset,
+    tasks: tuple[str, ...],
+    saved: Checkpoint | None,
+    on_event: OnEvent,
+) -> dict[str, Any]:
+    records = dataset.records("train", tasks)
     base = load_base(
         settings.model,
         quant=settings.quant,
