@@ -77,6 +77,10 @@ def train(
     quant: Quant = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: Annotated[
+        Literal["auto"] | None,
+        typer.Option("--device-map", help="auto: spread a large base over all devices.", show_default="one device"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="500")
     ] = None,
@@ -111,6 +115,9 @@ def train(
         typer.Option("--checkpoint-minutes", metavar="X", min=0.001, help="Most time between.", show_default="5"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last good checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show configuration, memory and time; train nothing.")
+    ] = False,
     report_to: Annotated[
         Literal["tensorboard", "wandb", "trackio"] | None,
         typer.Option("--report-to", help="A tracker beside metrics.jsonl.", show_default="none"),
@@ -124,13 +131,19 @@ def train(
     with reporting(json=json, quiet=quiet, debug=debug) as render:
         flags = {
             "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
-            "method": method, "quant": quant, "dtype": dtype, "device": device, "steps": steps, "minutes": minutes,
+            "method": method, "quant": quant, "dtype": dtype, "device": device,
+            "device_map": device_map, "steps": steps, "minutes": minutes,
             "batch_size": batch_size, "balance": balance, "seed": seed, "force": force, "resume": resume,
             "checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes, "report_to": report_to,
         }  # fmt: skip
         more = dict(context.obj or {})
         if more:  # settings that only --config can name: check them before anything is built
             _settings(more, f"--config {config}: ")
+        if dry_run:
+            check_model(model)
+            flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
+            _show_plan(render, {name: value for name, value in flags.items() if value is not None} | more)
+            return
         if resume:
             flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
             values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
@@ -140,6 +153,15 @@ def train(
             flags["holdout"] = _check_tasks(render, data, tasks, holdout, explicit=_given(context, "holdout"))
             values = {name: value for name, value in flags.items() if value is not None} | more
         _run(render, values | {"out": out})
+
+
+def _show_plan(render: Render, values: dict[str, Any]) -> None:
+    from ie.training.dryrun import dry_run
+
+    from .tables import plan_view
+
+    result = dry_run(_settings(values, ""))
+    render.result(result, *plan_view(result))
 
 
 def _begun(out: Path) -> dict[str, Any]:

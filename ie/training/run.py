@@ -110,10 +110,10 @@ class Run:
 
     def steps(self) -> None:
         """Fit the normaliser, then take steps until they, the time, or the patience are used up."""
-        if self.n_steps_done == 0:
-            self._fit()
-            self._validate()
         with deferred_signals() as asked:
+            if self.n_steps_done == 0:
+                self._fit()
+                self._validate()
             while self._progress() < 1 and not self._exhausted():
                 loss = self._step()
                 self.recent = [*self.recent[1 - _N_RECENT :], [loss.edit.item(), loss.locality.item()]]

@@ -22,6 +22,7 @@ class TrainSettings(BaseModel):
         quant: `auto`, `8bit`, `4bit` or `none`.
         dtype: `auto` or a dtype's name.
         device: `auto` or a torch device.
+        device_map: `auto` spreads a base that no device holds over all of them; None for one device.
         method: `instructedit`, or `mend`, which reads no instruction.
         steps: number of optimiser steps.
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
@@ -57,6 +58,7 @@ class TrainSettings(BaseModel):
     quant: Literal["auto", "8bit", "4bit", "none"] = "auto"
     dtype: str = "auto"
     device: str = "auto"
+    device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend"] = "instructedit"
     steps: PositiveInt = 500
     minutes: PositiveFloat | None = None

@@ -56,6 +56,11 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
 def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> dict[str, Any]:
     if settings.batch_size < processes.n:
         raise InputError(f"a batch of {settings.batch_size} cannot be shared by {processes.n} processes")
+    if settings.device_map is not None and processes.n > 1:
+        raise InputError(
+            f"--device-map {settings.device_map} is for one process, here are {processes.n}",
+            hint="give one or the other: every process of several has a base of its own",
+        )
     dataset = Dataset.load(settings.data)
     tasks = tuple(task for task in settings.tasks or dataset.tasks if task not in settings.holdout)
     if not dataset.records("train", tasks):
@@ -80,6 +85,7 @@ def _run(
         quant=settings.quant,
         dtype=saved.values["dtype"] if saved else settings.dtype,  # `auto` is measured: it may come out otherwise
         device=processes.device or settings.device,
+        device_map=settings.device_map,
     )
     on_event(Event("note", f"{len(records)} records of {', '.join(tasks)}; base {base.id}, {_how(base)}"))
     run = Run(settings, base, records, dataset.records("validation", tasks), dataset.fingerprint, processes, on_event)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from ie.cli.app import app
+from typer.testing import CliRunner
 
 from benchmarks.survival import survive
 from ie.base import Base, load_base
@@ -95,7 +97,9 @@ def test_killed_at_random_moments(tmp_path: Path, dataset: Path) -> None:
     assert found["bitwise_equal"] and not found["unreadable"], found
 
 
-def test_sigterm_ends_a_process_with_130(tmp_path: Path, dataset: Path) -> None:
+def test_sigterm_ends_a_process_that_can_be_resumed(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "quick.yaml").write_text("n_validation: 4\nn_fit: 8\nrank: 8\nbatch-size: 4\n")
     args = ["train", "--data", dataset, "--out", tmp_path / "editor", "--config", tmp_path / "quick.yaml"]
     command = [sys.executable, "-m", "ie.cli", *map(str, args)]
@@ -108,7 +112,17 @@ def test_sigterm_ends_a_process_with_130(tmp_path: Path, dataset: Path) -> None:
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130, rest
     assert "`ie train --resume` goes on" in rest
-    assert newest_checkpoint(training_folder(tmp_path / "editor"), pytest.fail) is not None
+    saved = newest_checkpoint(training_folder(tmp_path / "editor"), pytest.fail)
+    assert saved is not None
+    monkeypatch.chdir(tmp_path)
+    args = ["train", "--out", "editor", "--resume", "--json"]
+    refused = CliRunner().invoke(app, [*args, "--seed", "7"])
+    assert refused.exit_code == 2 and "has seed 0, not 7" in refused.stderr
+    done = CliRunner().invoke(app, [*args, "--steps", str(saved.step + 1)])  # all else as the run was begun
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["steps"] == saved.step + 1
+    nothing = CliRunner().invoke(app, args)
+    assert nothing.exit_code == 2 and "editor is finished" in nothing.stderr
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no tensors", "no json", "half json"])

@@ -81,6 +81,17 @@ def test_one_process_needs_no_launcher() -> None:
         assert alone.largest(1.5, True) == [1.5, True] and alone.from_first("x") == "x"
 
 
+def test_a_base_spread_over_all_devices_gets_the_same_editor(
+    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    """On a machine with one device accelerate puts all of it there: the way there is what is tested."""
+    fixed = {"model": str(checkpoint("llama")), "data": dataset, "dtype": "float32", "device": "cpu", "n_validation": 2}
+    for name, device_map in (("one", None), ("spread", "auto")):
+        train(TrainSettings.model_validate(OPTIONS | fixed | {"out": tmp_path / name, "device_map": device_map}))
+    one, spread = ((tmp_path / name / "editor.safetensors").read_bytes() for name in ("one", "spread"))
+    assert one == spread
+
+
 def test_what_several_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="cannot be shared"), joined("cuda:1"):
