@@ -18,7 +18,7 @@ from ie.base.load import load_base
 from ie.base.plan import meta_model
 from ie.base.targets import find_targets
 from ie.editor.editor import Editor, EditorSettings
-from ie.training.trainer import peak_memory_bytes
+from ie.training.memory import peak_memory_bytes
 
 _N_BATCHES = 4
 

@@ -12,9 +12,10 @@ import torch
 from ie.base.model import Base
 from ie.data.dataset import Dataset
 from ie.editor.editor import Editor, EditorSettings
-from ie.training.episodes import Episodes, Relations, draw_records, make_episodes
+from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import Loss, backward
 from ie.training.settings import TrainSettings
+from ie.training.stream import RecordStream
 
 __all__ = ["Training", "draw_episodes", "moved_editor", "regroup"]
 
@@ -27,7 +28,7 @@ def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
     tasks = [task for task in dataset.tasks if task not in SETTINGS.holdout]
     rng = random.Random(seed)
     records = dataset.records("train", tasks)
-    stream, relations = draw_records(records, SETTINGS.balance, rng), Relations(records)
+    stream, relations = RecordStream(records, SETTINGS.balance, rng), Relations(records)
     return [
         make_episodes(
             [next(stream) for _ in range(SETTINGS.batch_size)],

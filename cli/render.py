@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ie.errors import IEError
+from ie.errors import IEError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -103,6 +103,9 @@ def reporting(*, json: bool, quiet: bool, debug: bool, logs: bool = True) -> Ite
     except BrokenPipeError:
         raise  # the reader has gone (`ie ... | head`): the application ends without a word
     except Exception as error:
+        if is_out_of_memory(error):
+            said = f"out of memory: {_first_line(error)}"
+            _fail(error, render, said, "take --quant 8bit or 4bit; `ie doctor --model M` estimates what is needed", 1)
         hint = None if debug else "this is unexpected; run again with --debug to see where it comes from"
         _fail(error, render, f"{type(error).__name__}: {_first_line(error)}", hint, 1)
 

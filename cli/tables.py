@@ -24,6 +24,7 @@ __all__ = [
     "edit_view",
     "eval_view",
     "inspect_view",
+    "plan_view",
     "size",
     "train_view",
 ]
@@ -340,7 +341,18 @@ def doctor_view(result: Json) -> View:
     versions = {name: version or "not installed" for name, version in result["versions"].items()}
     parts: View = [_facts("Machine", machine), _GAP, _facts("Versions", versions), _GAP, _facts("Will be used", plan)]
     estimate = result.get("memory_estimate")
-    if estimate:
-        sizes = {name.replace("_", " "): size(n_bytes) for name, n_bytes in estimate.items()}
-        parts += [_GAP, _facts("Memory needed (estimate)", sizes)]
-    return parts
+    return [*parts, _GAP, _memory(estimate)] if estimate else parts
+
+
+def _memory(estimate: Mapping[str, int]) -> Table:
+    sizes = {name.replace("_", " "): size(n_bytes) for name, n_bytes in estimate.items()}
+    return _facts("Memory needed (estimate)", sizes)
+
+
+def plan_view(result: Json) -> View:
+    """The settings of a training, what it edits, and what it needs."""
+    plan = {key: result[key] for key in ("device", "dtype", "quant", "reason")}
+    plan["edit targets"] = result["targets"]
+    plan["time (rough estimate)"] = f"{result['seconds_estimate'] / 60:.0f} minutes"
+    return [_facts("Configuration", result["config"]), _GAP, _facts("Will be used", plan), _GAP,
+            _memory(result["memory_estimate"])]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,30 +34,30 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
+_RANK, _N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
 
-def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+
+def _read_config(context: typer.Context, name: str | None) -> str | None:
     """Take the values of --config as defaults: a flag on the command line wins."""
-    if file is None or context.resilient_parsing:
-        return file
-    import yaml
+    if name is None or context.resilient_parsing:
+        return name
+    from ie.training.config import find_config, read_config
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise typer.BadParameter(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{file} holds no mapping of flags to values")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    flags = {parameter.name for parameter in context.command.params} - {"config", "help"}
+        values = read_config(find_config(name))
+    except InputError as error:
+        raise typer.BadParameter(f"{error.message} ({error.hint})" if error.hint else error.message) from error
+    flags = {parameter.name for parameter in context.command.params}
     context.obj = {key: value for key, value in values.items() if key not in flags}  # settings without a flag
-    context.default_map = {
-        key: ",".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in values.items()
-        if key in flags
-    }
-    return file
+    context.default_map = {key: _as_flag(key, value) for key, value in values.items() if key in flags}
+    return name
+
+
+def _as_flag(key: str, value: Any) -> Any:
+    """A value as the command line would have it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or ("none" if key == "holdout" else None)
+    return value
 
 
 def train(
@@ -76,6 +77,10 @@ def train(
     quant: Quant = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: Annotated[
+        Literal["auto"] | None,
+        typer.Option("--device-map", help="auto: spread a large base over all devices.", show_default="one device"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="500")
     ] = None,
@@ -88,12 +93,34 @@ def train(
         typer.Option("--batch-size", metavar="N", min=1, help="Edits in a step.", show_default="16"),
     ] = None,
     balance: Annotated[
-        bool, typer.Option("--balance/--no-balance", help="Draw tasks evenly, or by their size.")
+        bool, typer.Option("--balance/--no-balance", help="Draw tasks by the root of their size, or by size.")
     ] = True,
     seed: Seed = 0,
     config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="F.yaml", is_eager=True, callback=_read_config, help="Flags from a file."),
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="F.yaml",
+            is_eager=True,
+            callback=_read_config,
+            help="Flags from a file, or a ready configuration's name.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option("--checkpoint-every", metavar="N", min=1, help="Steps between checkpoints.", show_default="none"),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option("--checkpoint-minutes", metavar="X", min=0.001, help="Most time between.", show_default="5"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last good checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show configuration, memory and time; train nothing.")
+    ] = False,
+    report_to: Annotated[
+        Literal["tensorboard", "wandb", "trackio"] | None,
+        typer.Option("--report-to", help="A tracker beside metrics.jsonl.", show_default="none"),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -102,19 +129,54 @@ def train(
 ) -> None:
     """Train one editor for all tasks of a dataset."""
     with reporting(json=json, quiet=quiet, debug=debug) as render:
-        check_model(model)
-        check_new(out, force=force)
+        flags = {
+            "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
+            "method": method, "quant": quant, "dtype": dtype, "device": device,
+            "device_map": device_map, "steps": steps, "minutes": minutes,
+            "batch_size": batch_size, "balance": balance, "seed": seed, "force": force, "resume": resume,
+            "checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes, "report_to": report_to,
+        }  # fmt: skip
         more = dict(context.obj or {})
         if more:  # settings that only --config can name: check them before anything is built
             _settings(more, f"--config {config}: ")
-        left_out = _check_tasks(render, data, tasks, holdout, explicit=_given(context, "holdout"))
-        values: dict[str, Any] = {
-            "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
-            "holdout": left_out, "method": method, "quant": quant, "dtype": dtype, "device": device,
-            "steps": steps, "minutes": minutes, "batch_size": batch_size, "balance": balance,
-            "seed": seed, "force": force, **more,
-        }  # fmt: skip
-        _run(render, {key: value for key, value in values.items() if value is not None})
+        if dry_run:
+            check_model(model)
+            flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
+            _show_plan(render, {name: value for name, value in flags.items() if value is not None} | more)
+            return
+        if resume:
+            flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
+            values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
+        else:
+            check_model(model)
+            check_new(out, force=force)
+            flags["holdout"] = _check_tasks(render, data, tasks, holdout, explicit=_given(context, "holdout"))
+            values = {name: value for name, value in flags.items() if value is not None} | more
+        _run(render, values | {"out": out})
+
+
+def _show_plan(render: Render, values: dict[str, Any]) -> None:
+    from ie.training.dryrun import dry_run
+
+    from .tables import plan_view
+
+    result = dry_run(_settings(values, ""))
+    render.result(result, *plan_view(result))
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The settings of the run that is to be resumed.
+
+    Raises:
+        InputError: if there is none, because none was begun or it is finished.
+    """
+    from ie.training.config import CONFIG, read_config
+
+    begun = out.with_name(f"{out.name}.training") / CONFIG
+    if not begun.is_file():
+        what = f"{out} is finished" if out.exists() else f"no run for {out} was begun"
+        raise InputError(f"--resume: {what}, there is nothing to go on with", hint="leave --resume out to train anew")
+    return read_config(begun)
 
 
 def _run(render: Render, values: dict[str, Any]) -> None:
@@ -126,7 +188,8 @@ def _run(render: Render, values: dict[str, Any]) -> None:
     settings = _settings(values, "")
     with TrainingProgress(render) as progress:
         result = train_editor(settings, on_event=progress)
-    render.result(result, *train_view(result))
+    if _RANK == 0:
+        render.result(result, *train_view(result))
 
 
 def _settings(values: dict[str, Any], where: str) -> TrainSettings:
@@ -157,7 +220,7 @@ def _check_tasks(render: Render, data: Path, tasks: str | None, holdout: str, *,
     """
     names = split_names(tasks, "--tasks")
     left_out = () if holdout == "none" else split_names(holdout, "--holdout")
-    if data == DEFAULT_DATA and not data.exists():
+    if data == DEFAULT_DATA and not data.exists() and _N_PROCESSES == 1:
         from ie.data.build import build
 
         render.note(f"no dataset at {data}: building the default one first")

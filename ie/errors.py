@@ -7,6 +7,7 @@
     │   ├── ModelError                 a folder or hub id that is no usable base model
     │   ├── EditorError                an editor folder that cannot be used
     │   └── PatchError                 a patch file that cannot be used
+    ├── NotEnoughMemoryError           the machine or the GPU has too little memory
     ├── EditFailedError       exit 3   the edit did not take
     └── BaseMismatchError     exit 4   the base model is not the one an editor or patch was made for
 
@@ -23,8 +24,10 @@ __all__ = [
     "IEError",
     "InputError",
     "ModelError",
+    "NotEnoughMemoryError",
     "PatchError",
     "TemplateError",
+    "is_out_of_memory",
 ]
 
 
@@ -70,6 +73,10 @@ class PatchError(InputError):
     """A patch file that cannot be used."""
 
 
+class NotEnoughMemoryError(IEError):
+    """The machine or the GPU has too little memory."""
+
+
 class EditFailedError(IEError):
     """The edited model does not answer with the target."""
 
@@ -80,3 +87,11 @@ class BaseMismatchError(IEError):
     """The base model is not the one that the editor or the patch was made for."""
 
     exit_code = 4
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a GPU torch has a type for it, its CPU allocator only a text; no torch is loaded."""
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__}: {error}"
+        for sign in ("OutOfMemoryError", "DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
+    )

@@ -73,6 +73,7 @@ class Recorder:
         gradients = torch.autograd.grad(logits, list(self.outputs.values()), gradient)
         modules = {}
         for (name, u), delta in zip(self.inputs.items(), gradients, strict=True):
+            u, delta = u.to(editable.device), delta.to(editable.device)  # where the editor is, module by module
             flat = delta.reshape(editable.numel(), -1)
             kept = (editable.flatten() & (flat != 0).any(-1)).nonzero()[:, 0]
             modules[name] = ModuleSignals(

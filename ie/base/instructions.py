@@ -35,14 +35,14 @@ class InstructionStore:
     def __init__(self, decoder: Decoder, prefixes: PrefixStore) -> None:
         self._decoder = decoder
         self._prefixes = prefixes
-        self._store = TextStore(_BUDGET_BYTES)
+        self.store = TextStore(_BUDGET_BYTES)
         self._heads: list[int] = []
         self._widths: list[int] = []  # of each block's keys and values
 
     def context(self, batch: TokenBatch) -> Context:
         """What stands before the own tokens of each request of a batch."""
         cut = [Text(text.ids[: text.n_instruction], 0, text.n_instruction) for text in batch.texts]
-        kept = iter(self._store.get([text for text in cut if text.ids], self._compute))
+        kept = iter(self.store.get([text for text in cut if text.ids], self._compute))
         found = [next(kept) if text.ids else torch.zeros(0, sum(self._widths)) for text in cut]
         width, device = max(map(len, found)), batch.ids.device
         dtype: torch.dtype = self._decoder.model.dtype  # type: ignore[assignment]

@@ -30,6 +30,7 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     n_blocks: int = N_EDITED_BLOCKS,
+    device_map: str | None = None,
 ) -> Base:
     """Load and freeze a base model.
 
@@ -40,6 +41,7 @@ def load_base(
             dtype's name.
         device: `auto` or a torch device.
         n_blocks: how many of the last blocks edits may change.
+        device_map: `auto` spreads the model over all devices, for one that none of them holds; None puts it on one.
 
     Raises:
         ModelError: if there is no such model, or nothing in it that can be edited.
@@ -55,7 +57,7 @@ def load_base(
         if dtype == "auto":
             plan = with_faster_dtype(plan, name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = _load_model(folder, plan)
+        model = _load_model(folder, plan, device_map)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -79,9 +81,9 @@ def load_base(
     )
 
 
-def _load_model(folder: Path, plan: Plan) -> PreTrainedModel:
+def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedModel:
     _quiet()
-    options: dict[str, Any] = {"dtype": plan.dtype, "device_map": {"": plan.device}}
+    options: dict[str, Any] = {"dtype": plan.dtype, "device_map": device_map or {"": plan.device}}
     if plan.device.type == "cpu" and plan.dtype == torch.bfloat16:
         # On a CPU torch's fused attention builds a kernel for each new shape in bf16: ten times the time of its parts.
         options["attn_implementation"] = "eager"

@@ -96,6 +96,11 @@ class Base:
         return TextStore(REFERENCE_BUDGET_BYTES)
 
     @property
+    def stores(self) -> dict[str, TextStore]:
+        """What is computed once and kept, by name; a training's checkpoint holds their states."""
+        return {"prefix": self.prefixes.store, "instructions": self._instructions.store, "head": self._into_head}
+
+    @property
     def pad_id(self) -> int:
         """A token id to pad with; what it is makes no difference."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):

@@ -15,10 +15,11 @@ import torch
 from ie.base.plan import Plan, meta_model
 from ie.base.targets import find_targets
 
-__all__ = ["with_faster_dtype"]
+__all__ = ["product_seconds", "with_faster_dtype"]
 
 _SMALL = 2**20  # weights of a matrix below which bf16 gains nothing
 _N_TOKENS, _N_SHAPES = 256, 7
+_CPU = torch.device("cpu")
 _WORTHWHILE = 0.7  # of fp32's time
 
 
@@ -35,18 +36,23 @@ def with_faster_dtype(plan: Plan, name: str) -> Plan:
     size = f"{target.d_in} x {target.d_out}"
     if target.d_in * target.d_out < _SMALL:
         return replace(plan, reason=f"bf16 gains nothing with matrices of {size}")
-    share = _seconds(torch.bfloat16, target.d_in, target.d_out) / _seconds(torch.float32, target.d_in, target.d_out)
+    fast, exact = (product_seconds(dtype, target.d_in, target.d_out) for dtype in (torch.bfloat16, torch.float32))
+    share = fast / exact
     reason = f"a product with a matrix of {size} takes {share:.2f} of fp32's time in bf16 here"
     return replace(plan, dtype=torch.bfloat16 if share < _WORTHWHILE else torch.float32, reason=reason)
 
 
-def _seconds(dtype: torch.dtype, d_in: int, d_out: int) -> float:
+def product_seconds(
+    dtype: torch.dtype, d_in: int, d_out: int, device: torch.device = _CPU, n_tokens: int = _N_TOKENS
+) -> float:
     """The least time of a linear map of some tokens, each time of a number not seen before."""
-    weight = torch.zeros(d_out, d_in, dtype=dtype)
+    weight = torch.zeros(d_out, d_in, dtype=dtype, device=device)
     times = []
     for extra in range(_N_SHAPES):
-        x = torch.zeros(_N_TOKENS + extra, d_in, dtype=dtype)
+        x = torch.zeros(n_tokens + extra, d_in, dtype=dtype, device=device)
         began = time.perf_counter()
         torch.nn.functional.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times)

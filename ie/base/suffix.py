@@ -106,7 +106,7 @@ def run_suffix(decoder: Decoder, batch: TokenBatch, hidden: Tensor, context: Con
         hidden: (n, t, d_model), what `run_prefix` returned for these texts.
         context: what stands before these texts; None for nothing.
     """
-    with _heading(decoder, lambda into_head: into_head[batch.predicts][None]):
+    with _heading(decoder, lambda into_head: into_head[batch.predicts.to(into_head.device)][None]):
         return _run_blocks(decoder, batch, hidden, context)[0]
 
 
@@ -128,7 +128,7 @@ def run_to_head(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
     kept: list[Tensor] = []
 
     def keep(into_head: Tensor) -> Tensor:
-        kept.append(into_head[batch.predicts])
+        kept.append(into_head[batch.predicts.to(into_head.device)])
         raise _SeenEnoughError
 
     with torch.no_grad(), suppress(_SeenEnoughError), _heading(decoder, keep):

@@ -46,8 +46,8 @@ def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
         a, b = a.index_select(0, rows), b.index_select(0, rows)  # its gradient is far cheaper than that of a[rows]
 
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # In the model's dtype: casting activations up costs more than the low-rank products themselves.
-        x, into, out_of = args[0], a.to(args[0].dtype), b.to(args[0].dtype)
+        # In the module's dtype, on its device: casting activations up costs more than the low-rank products themselves.
+        x, into, out_of = args[0], a.to(args[0]), b.to(args[0])
         if a.shape[0] == 1:
             low = x @ into[0].T @ out_of[0]
         else:

@@ -85,6 +85,11 @@ class Editor(nn.Module):
             self.u_normalisers[_key(target.name)].observe(seen.u)  # type: ignore[operator]
             self.delta_normalisers[_key(target.name)].observe(seen.delta)  # type: ignore[operator]
 
+    def observed(self) -> list[Tensor]:
+        """What `observe` has gathered, float64: sums, so what several processes gathered adds up."""
+        normalisers = (*self.u_normalisers.values(), *self.delta_normalisers.values())
+        return [part for one in normalisers for part in (one.count, one.total, one.squares)]  # type: ignore[misc]
+
     def fit(self) -> None:
         """Set the normalisers to what was observed."""
         for normaliser in (*self.u_normalisers.values(), *self.delta_normalisers.values()):

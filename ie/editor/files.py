@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def save_editor(
     holdout: tuple[str, ...],
     training: Mapping[str, Any],
     validation: Mapping[str, float],
+    beside: Sequence[Path] = (),
 ) -> EditorInfo:
     """Write an editor folder, whole or not at all.
 
@@ -74,6 +76,7 @@ def save_editor(
         holdout: tasks that it never saw.
         training: the settings and figures of its training.
         validation: its figures on validation records.
+        beside: files to copy into the folder.
     """
     with new_folder(folder) as fresh:
         # Rounding never: what is written is what was validated, bit for bit.
@@ -92,6 +95,8 @@ def save_editor(
             fingerprint=hashlib.sha256((fresh / WEIGHTS).read_bytes()).hexdigest()[:16],
         )
         (fresh / INFO).write_text(json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        for path in beside:
+            shutil.copyfile(path, fresh / path.name)
     return info
 
 

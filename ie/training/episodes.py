@@ -8,14 +8,14 @@ questions and other records' prompts, which must not move.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ie.base.asking import Ask
 from ie.data.record import Record
 from ie.editor.request import EditRequest
 
-__all__ = ["Episodes", "Relations", "draw_records", "make_episodes"]
+__all__ = ["Episodes", "Relations", "make_episodes"]
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,6 @@ class Episodes:
     requests: list[EditRequest]
     wanted: list[Ask]
     kept: list[Ask]
-
-
-def draw_records(records: Sequence[Record], balance: bool, rng: random.Random) -> Iterator[Record]:
-    """Endless records, each task's in shuffled passes; tasks drawn by their size, or balanced by its square root.
-
-    Evenly would be too much of a good thing: small tasks would be seen many times before a large one is seen once.
-    """
-    by_task: dict[str, list[Record]] = {}
-    for record in records:
-        by_task.setdefault(record.task, []).append(record)
-    passes = {task: _passes(group, rng) for task, group in by_task.items()}
-    tasks = list(passes)
-    weights = [len(by_task[task]) ** (0.5 if balance else 1.0) for task in tasks]
-    while True:
-        yield next(passes[rng.choices(tasks, weights)[0]])
-
-
-def _passes(group: list[Record], rng: random.Random) -> Iterator[Record]:
-    order = list(group)
-    while True:
-        rng.shuffle(order)
-        yield from order
 
 
 class Relations:

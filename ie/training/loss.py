@@ -40,24 +40,31 @@ class Loss:
     locality: Tensor
 
 
-def backward(base: Base, editor: Editor, episodes: Episodes, locality_weight: float) -> Loss:
-    """Edit, ask every query under its edit, and add the loss's gradient to that of the editor's parameters."""
+def backward(
+    base: Base, editor: Editor, episodes: Episodes, locality_weight: float, whole: Episodes | None = None
+) -> Loss:
+    """Edit, ask every query under its edit, and add the loss's gradient to that of the editor's parameters.
+
+    Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
+    """
     signals = base.signals(collate_requests(base, episodes.requests))
     update, ranks = editor.update(signals), signals.n_tokens()
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
-    n_wanted, n_kept = len(episodes.wanted), max(1, len(episodes.kept))
+    whole = whole or episodes
+    n_wanted, n_kept = len(whole.wanted), max(1, len(whole.kept))
+    n_own = len(episodes.wanted)
     asks = [*episodes.wanted, *episodes.kept]
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many.
     sizes = [(ranks[ask.edit] - 1).bit_length() for ask in asks]
     for indices, texts in by_length(base, asks, n_tokens, sizes):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
-        order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_wanted)
+        order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_own)
         batch = base.collate([texts[i] for i in order])
         edits = torch.tensor([asks[indices[i]].edit for i in order], device=base.device)
         rank = max(ranks[asks[i].edit] for i in indices)
-        n_texts = sum(index < n_wanted for index in indices)
+        n_texts = sum(index < n_own for index in indices)
         n_answer = int((batch.rows < n_texts).sum())
 
         logits = base.logits(batch, {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits)

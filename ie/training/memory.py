@@ -1,26 +1,39 @@
 """How much memory training and editing need, from a base model's configuration alone; no weight is loaded.
 
-An estimate: exact for weights, editor and optimiser; activations are counted for texts of usual length
-(`_PLAIN_TOKENS`, `_INSTRUCTED_TOKENS`), and what libraries take for themselves is not counted.
+An estimate: exact for weights, editor and optimiser. What texts bring is counted for texts of usual length, and of the
+run's phases the one that holds most: a training step, or a validation, which asks thousands of tokens at once, each
+text under an edit of its own. tests/training/test_memory.py holds it against measured peaks.
 """
 
 from __future__ import annotations
 
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from ie.base.model import PREFIX_BUDGET_BYTES, REFERENCE_BUDGET_BYTES
+from ie.base.model import PREFIX_BUDGET_BYTES
 from ie.base.plan import Plan, meta_model
 from ie.base.targets import find_blocks, find_targets, module_shape
 from ie.editor.editor import Editor, EditorSettings
+from ie.errors import NotEnoughMemoryError, is_out_of_memory
 from ie.training.settings import TrainSettings
 
-__all__ = ["estimate_memory"]
+__all__ = ["enough_memory", "estimate_memory", "peak_memory_bytes"]
 
-_PLAIN_TOKENS, _INSTRUCTED_TOKENS = 16, 80
-_ANSWER_TOKENS = 4
+_PLAIN_TOKENS, _INSTRUCTED_TOKENS = 12, 72  # of a question, padding counted; of an edit request with its instruction
+_EDIT_TOKENS, _ANSWER_TOKENS = 18, 3  # the longest edit of a batch, its instruction left out; an answer
+_N_QUERIES = 8  # of a record in a validation
+_STEP_TOKENS, _ASK_TOKENS = 512, 4096  # asked at once on a CPU, in a step and in a validation
+_GPU_STEP_TOKENS = 8192
 _QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5}
-_COPIES = 5  # of the editor in training: weights, gradients, Adam's two moments, the best so far
+_LIBRARIES_BYTES = 350 * 10**6  # Python, torch and transformers imported, on a CPU
+_EDITOR_COPIES, _OPTIMISER_COPIES = 3, 2  # weights, gradients, the best so far; Adam's two moments
+_FREED_SHARE = 0.15  # of activations: what the allocator has of blocks that are free and too small
 
 
 def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None) -> dict[str, int]:
@@ -32,8 +45,8 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
         settings: of the training; None takes the defaults.
 
     Returns:
-        `base, editor, activations, stores_at_most, training, editing`, bytes each. `stores_at_most` are the budgets of
-        what is computed once and kept, in the machine's memory; `training` counts it.
+        `base, activations, editor, optimiser, prefix_store, libraries, training, editing`, bytes each. On a GPU
+        `prefix_store` and `libraries` lie in the machine's memory, and `training` and `editing` are the GPU's.
 
     Raises:
         ModelError: if the configuration cannot be read, or nothing in the model can be edited.
@@ -44,25 +57,92 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     targets = find_targets(model)
     with torch.device("meta"):
         editor = Editor(targets, EditorSettings(rank=settings.rank, n_layers=settings.n_layers))
-    editor_bytes = sum(p.numel() for p in editor.parameters()) * 4
-    base_bytes = _base_bytes(model, blocks, plan)
-    width = sum(target.d_in + target.d_out for target in targets)
-    saved = width + 8 * (len(blocks) - targets[0].block) * model.config.hidden_size  # values kept a token for backward
-    n_plain = settings.batch_size * (2 * settings.plain_share + 1 + settings.n_negatives)
-    n_instructed = settings.batch_size * 2 * (1 - settings.plain_share)
-    n_tokens = n_plain * _PLAIN_TOKENS + n_instructed * _INSTRUCTED_TOKENS
-    n_logits = (n_plain + n_instructed) * _ANSWER_TOKENS * model.config.vocab_size
-    activations = int(n_tokens * saved * plan.dtype.itemsize + 4 * n_logits * 4)
-    one_edit = int(_INSTRUCTED_TOKENS * saved * plan.dtype.itemsize + _INSTRUCTED_TOKENS * width * 4)
-    stores = PREFIX_BUDGET_BYTES + REFERENCE_BUDGET_BYTES
-    return {
-        "base": base_bytes,
-        "editor": _COPIES * editor_bytes,
-        "activations": activations,
-        "stores_at_most": stores,
-        "training": base_bytes + _COPIES * editor_bytes + activations + stores,
-        "editing": base_bytes + editor_bytes + one_edit,
+    weights = sum(p.numel() for p in editor.parameters()) * 4
+    on_gpu = plan.device.type == "cuda"
+    one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings.n_layers)
+    parts = {
+        "base": _base_bytes(model, blocks, plan),
+        "activations": _activation_bytes(model, len(blocks) - targets[0].block, plan, settings),
+        "editor": _EDITOR_COPIES * weights,
+        "optimiser": _OPTIMISER_COPIES * weights,
+        "prefix_store": _store_bytes(model, plan, settings),
+        "libraries": _LIBRARIES_BYTES,
     }
+    elsewhere = parts["prefix_store"] + parts["libraries"] if on_gpu else 0
+    parts["training"] = sum(parts.values()) - elsewhere
+    parts["editing"] = parts["base"] + weights + one_edit + (0 if on_gpu else _LIBRARIES_BYTES)
+    return parts
+
+
+def _width(model: nn.Module) -> int:
+    """Values that the factors A and B of one token have, all edit targets together."""
+    return sum(target.d_in + target.d_out for target in find_targets(model))
+
+
+def _edit_bytes(model: nn.Module, n_blocks: int, plan: Plan, n_edits: int, n_layers: int) -> int:
+    """What making edits holds at once: the suffix's graph, then the editor's."""
+    d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
+    width = _width(model)
+    outputs = sum(target.d_out for target in find_targets(model))  # a non-linearity written in parts keeps each of them
+    graph = n_edits * _INSTRUCTED_TOKENS * (width + 2 * outputs + 8 * n_blocks * d_model) * plan.dtype.itemsize
+    editor = n_edits * _EDIT_TOKENS * width * 4 * (3 + n_layers)  # normalised, a residual a layer, packed twice
+    return int(graph + editor)
+
+
+def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: TrainSettings) -> int:
+    """The larger of a step's and a validation's."""
+    width, d_out = _width(model), max(target.d_out for target in find_targets(model))
+    n_vocab: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
+    factors = _EDIT_TOKENS * width * 4  # of one edit, or of one text under it
+
+    def asked(n_tokens: int, copies: int) -> int:
+        n_texts = n_tokens // _PLAIN_TOKENS
+        logits = n_texts * _ANSWER_TOKENS * n_vocab * plan.dtype.itemsize
+        return copies * (n_texts * factors + logits) + 3 * n_tokens * d_out * plan.dtype.itemsize
+
+    made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings.n_layers)
+    per_edit = 3 + settings.n_negatives
+    n_step = _STEP_TOKENS if plan.device.type == "cpu" else _GPU_STEP_TOKENS
+    step = made + asked(min(n_step, settings.batch_size * per_edit * _PLAIN_TOKENS), copies=2)
+    n_asked = min(_ASK_TOKENS, settings.n_validation * _N_QUERIES * _PLAIN_TOKENS)
+    validation = settings.n_validation * factors + max(asked(n_asked, copies=1), made)
+    return int((1 + _FREED_SHARE) * max(step, validation))
+
+
+def _store_bytes(model: nn.Module, plan: Plan, settings: TrainSettings) -> int:
+    """Hidden states of all texts that a run meets, none of them twice, as far as memory may hold them."""
+    of_step = settings.batch_size * (_INSTRUCTED_TOKENS * 0.8 + (3 + settings.n_negatives) * 1.5 * _PLAIN_TOKENS)
+    of_fit = settings.n_fit * _INSTRUCTED_TOKENS * 0.8
+    of_validation = settings.n_validation * (_INSTRUCTED_TOKENS * 0.8 + _N_QUERIES * _PLAIN_TOKENS)
+    n_tokens = settings.steps * of_step + of_fit + of_validation
+    d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
+    return int(min(PREFIX_BUDGET_BYTES, n_tokens * d_model * plan.dtype.itemsize))
+
+
+@contextmanager
+def enough_memory(name: str, plan: Plan, settings: TrainSettings) -> Iterator[None]:
+    """Say what a training needs, and what to lower, where memory runs out.
+
+    Raises:
+        NotEnoughMemoryError: instead of whatever torch or Python raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parts = estimate_memory(name, plan, settings)
+        shown = ", ".join(f"{part.replace('_', ' ')} {_size(n)}" for part, n in parts.items() if part != "editing")
+        quant = "" if plan.quant == "4bit" else ", or take --quant " + ("4bit" if plan.quant == "8bit" else "8bit")
+        raise NotEnoughMemoryError(
+            f"out of memory on {plan.device}: this training needs about {_size(parts['training'])} ({shown})",
+            hint=f"lower --batch-size ({settings.batch_size}), rank ({settings.rank}) or n_validation "
+            f"({settings.n_validation}){quant}; `ie doctor --model {name}` estimates",
+        ) from error
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def _base_bytes(model: nn.Module, blocks: nn.ModuleList, plan: Plan) -> int:
@@ -74,3 +154,14 @@ def _base_bytes(model: nn.Module, blocks: nn.ModuleList, plan: Plan) -> int:
     }
     small = _QUANTISED_BYTES.get(plan.quant, 0.0)
     return int(sum(p.numel() * (small if id(p) in packed else plan.dtype.itemsize) for p in model.parameters()))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent held when it started this process
+        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

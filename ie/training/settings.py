@@ -22,11 +22,12 @@ class TrainSettings(BaseModel):
         quant: `auto`, `8bit`, `4bit` or `none`.
         dtype: `auto` or a dtype's name.
         device: `auto` or a torch device.
+        device_map: `auto` spreads a base that no device holds over all of them; None for one device.
         method: `instructedit`, or `mend`, which reads no instruction.
         steps: number of optimiser steps.
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
         seed: of everything that is drawn.
-        balance: draw tasks evenly; False draws them by size.
+        balance: draw tasks by the square root of their size; False draws them by size.
         force: overwrite `out`.
         batch_size: edits in one step.
         rank: rank of the hypernetwork's layers.
@@ -41,6 +42,10 @@ class TrainSettings(BaseModel):
         n_validation: records that validation looks at.
         patience: validations without a better one after which training ends; None for no early stop.
         n_fit: edits that the normaliser is fitted on.
+        checkpoint_every: steps between checkpoints; None for by time alone.
+        checkpoint_minutes: the longest time between checkpoints.
+        resume: go on from the last good checkpoint of an unfinished run for `out`.
+        report_to: a tracker beside the JSONL file of figures.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +58,7 @@ class TrainSettings(BaseModel):
     quant: Literal["auto", "8bit", "4bit", "none"] = "auto"
     dtype: str = "auto"
     device: str = "auto"
+    device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend"] = "instructedit"
     steps: PositiveInt = 500
     minutes: PositiveFloat | None = None
@@ -72,3 +78,7 @@ class TrainSettings(BaseModel):
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6
     n_fit: PositiveInt = 256
+    checkpoint_every: PositiveInt | None = None
+    checkpoint_minutes: PositiveFloat = 5.0
+    resume: bool = False
+    report_to: Literal["tensorboard", "wandb", "trackio"] | None = None

@@ -23,14 +23,14 @@ def test_large_ones_take_what_is_faster(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, bf16_s: float, chosen: torch.dtype
 ) -> None:
     monkeypatch.setattr(precision, "_SMALL", 1)
-    monkeypatch.setattr(precision, "_seconds", lambda dtype, *sizes: bf16_s if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(precision, "product_seconds", lambda dtype, *sizes: bf16_s if dtype == torch.bfloat16 else 1.0)
     plan = with_faster_dtype(plan_load("none", device="cpu"), str(checkpoint("llama")))
     assert plan.dtype == chosen and f"{bf16_s:.2f}" in plan.reason
 
 
 def test_it_measures_this_machine() -> None:
-    assert precision._seconds(torch.float32, 256, 256) > 0
-    assert precision._seconds(torch.bfloat16, 256, 256) > 0
+    assert precision.product_seconds(torch.float32, 256, 256) > 0
+    assert precision.product_seconds(torch.bfloat16, 256, 256) > 0
 
 
 def test_a_quantised_base_keeps_its_dtype(checkpoint: Callable[..., Path]) -> None:

@@ -81,10 +81,11 @@ def trained(library: Callable[..., None]) -> dict[str, Any]:
             on_event(event)
         return TRAINED
 
-    from ie.training.settings import TrainSettings
+    from ie.training import config, settings
 
     library("ie.training", train=train, __path__=[])
-    library("ie.training.settings", TrainSettings=TrainSettings)
+    library("ie.training.settings", TrainSettings=settings.TrainSettings)
+    library("ie.training.config", **{name: getattr(config, name) for name in config.__all__})
     return seen
 
 

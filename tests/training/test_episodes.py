@@ -15,8 +15,9 @@ from ie.base.asking import Ask
 from ie.data.record import Instructions, Question, Record
 from ie.editor import Editor, EditorSettings
 from ie.editor.request import collate_requests
-from ie.training.episodes import Episodes, Relations, draw_records, make_episodes
+from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import backward
+from ie.training.stream import RecordStream
 from tests.dense import edited
 
 
@@ -39,7 +40,7 @@ UNRELATED = Relations([])
 
 
 def drawn(balance: bool, n: int = 2000) -> Counter[str]:
-    stream = draw_records(RECORDS, balance, random.Random(0))
+    stream = RecordStream(RECORDS, balance, random.Random(0))
     return Counter(one.task for one in itertools.islice(stream, n))
 
 
@@ -54,7 +55,7 @@ def test_without_balance_tasks_are_drawn_by_size() -> None:
 
 
 def test_every_record_is_drawn_once_in_a_pass() -> None:
-    stream = draw_records(RECORDS[:40], True, random.Random(0))
+    stream = RecordStream(RECORDS[:40], True, random.Random(0))
     for _ in range(3):
         assert Counter(one.id for one in itertools.islice(stream, 40)) == Counter(one.id for one in RECORDS[:40])
 
