@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ie.base.model import Base
 from ie.base.update import Factors, Update
-from ie.data.record import Record
+from ie.data.dataset import Dataset
+from ie.data.record import SPLITS, Record
 from ie.editor.editor import Editor, EditorSettings
 from ie.editor.files import save_editor
 from ie.editor.methods import Method, editor_method
@@ -52,9 +53,8 @@ class Run:
     Args:
         settings: of the run.
         base: the base model.
-        records: what is trained on.
-        validation: what the best editor is chosen on.
-        data_fingerprint: names the dataset.
+        dataset: what is trained on, and what the best editor is chosen on.
+        tasks: the tasks of the dataset that are trained on.
         processes: that train together.
         on_event: called with progress.
     """
@@ -63,15 +63,16 @@ class Run:
         self,
         settings: TrainSettings,
         base: Base,
-        records: Sequence[Record],
-        validation: Sequence[Record],
-        data_fingerprint: str,
+        dataset: Dataset,
+        tasks: tuple[str, ...],
         processes: Processes,
         on_event: OnEvent,
     ) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.base, self.processes, self.on_event = settings, base, processes, on_event
         self.rng = random.Random(settings.seed)
+        self.dataset, self.tasks = dataset, tasks
+        records, validation, _ = (dataset.records(split, tasks) for split in SPLITS)
         self.stream = RecordStream(records, settings.balance, self.rng)
         self.relations = Relations(records)
         self.validation = _spread(validation, settings.n_validation, settings.seed)
@@ -92,7 +93,6 @@ class Run:
         self.figures: dict[str, float] = {}
         self.best_score, self.n_stale, self.n_steps_done = -1.0, 0, 0
         self.recent: list[list[float]] = []  # losses of edits and of what is to stay
-        self.data_fingerprint = data_fingerprint
         self.metrics: Metrics | None = None
         self.began = time.monotonic()
         self.elapsed = 0.0  # seconds up to the end of the last step, the same in all processes
@@ -171,7 +171,7 @@ class Run:
     def _values(self) -> dict[str, Any]:
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "data": self.data_fingerprint,
+            "data": self.dataset.fingerprint,
             "base": {"id": self.base.id, "fingerprint": self.base.fingerprint},
             "dtype": str(self.base.model.dtype).removeprefix("torch."),
             "elapsed": self.elapsed,
@@ -298,13 +298,13 @@ class Run:
         left = seconds * (1 - done) / done if done > 0 else None
         self.on_event(Event(kind, "", self.n_steps_done, self.settings.steps, dict(shown), seconds, left))
 
-    def finish(self, tasks: tuple[str, ...]) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Write the best editor, its configuration and figures beside it, and say how the run went."""
         seconds = time.monotonic() - self.began
         if self.best is not None:
             self.editor.load_state_dict(self.best)
         if self.processes.is_first:
-            self._save(tasks, seconds)
+            self._save(seconds)
         if self.metrics is not None:
             self.metrics.close()
         self._event("done", self.figures)
@@ -313,7 +313,7 @@ class Run:
         return {
             "editor": str(self.settings.out),
             "base": self.base.id,
-            "tasks": list(tasks),
+            "tasks": list(self.tasks),
             "holdout": list(self.settings.holdout),
             "steps": self.n_steps_done,
             "episodes": n_episodes,
@@ -324,17 +324,18 @@ class Run:
             "validation": self.figures,
         }
 
-    def _save(self, tasks: tuple[str, ...], seconds: float) -> None:
+    def _save(self, seconds: float) -> None:
         folder = training_folder(self.settings.out)
         save_editor(
             self.settings.out,
             self.editor,
             self.base,
-            tasks=tasks,
+            tasks=self.tasks,
             holdout=self.settings.holdout,
             training={
                 **self.settings.model_dump(mode="json", exclude={"out", "force", "resume"}),
-                "data_fingerprint": self.data_fingerprint,
+                "data_fingerprint": self.dataset.fingerprint,
+                "templates": self.dataset.info.get("templates"),
                 "steps_done": self.n_steps_done,
                 "seconds": round(seconds, 1),
             },

@@ -79,7 +79,6 @@ def _run(
     saved: Checkpoint | None,
     on_event: OnEvent,
 ) -> dict[str, Any]:
-    records = dataset.records("train", tasks)
     base = load_base(
         settings.model,
         quant=settings.quant,
@@ -87,8 +86,9 @@ def _run(
         device=processes.device or settings.device,
         device_map=settings.device_map,
     )
-    on_event(Event("note", f"{len(records)} records of {', '.join(tasks)}; base {base.id}, {_how(base)}"))
-    run = Run(settings, base, records, dataset.records("validation", tasks), dataset.fingerprint, processes, on_event)
+    n_records = len(dataset.records("train", tasks))
+    on_event(Event("note", f"{n_records} records of {', '.join(tasks)}; base {base.id}, {_how(base)}"))
+    run = Run(settings, base, dataset, tasks, processes, on_event)
     if saved is not None:
         run.load(saved)
         on_event(Event("note", f"going on from step {saved.step}"))
@@ -98,14 +98,14 @@ def _run(
     except KeyboardInterrupt:
         if run.best is None:
             raise
-        run.finish(tasks)
+        run.finish()
         said = f"the best editor so far is in {settings.out}"
         if checkpoints(training_folder(settings.out)):
             said += "; `ie train --resume` goes on from the last checkpoint"
         elif processes.is_first:
             shutil.rmtree(training_folder(settings.out), ignore_errors=True)
         raise KeyboardInterrupt(said) from None
-    result = run.finish(tasks)
+    result = run.finish()
     if processes.is_first:
         shutil.rmtree(training_folder(settings.out), ignore_errors=True)
     return result
