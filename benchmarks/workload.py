@@ -12,7 +12,7 @@ import torch
 from ie.base.model import Base
 from ie.data.dataset import Dataset
 from ie.editor.editor import Editor, EditorSettings
-from ie.training.episodes import Episodes, make_episodes
+from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import Loss, backward
 from ie.training.settings import TrainSettings
 from ie.training.stream import RecordStream
@@ -27,11 +27,13 @@ def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
     dataset = Dataset.load(data)
     tasks = [task for task in dataset.tasks if task not in SETTINGS.holdout]
     rng = random.Random(seed)
-    stream = RecordStream(dataset.records("train", tasks), SETTINGS.balance, rng)
+    records = dataset.records("train", tasks)
+    stream, relations = RecordStream(records, SETTINGS.balance, rng), Relations(records)
     return [
         make_episodes(
             [next(stream) for _ in range(SETTINGS.batch_size)],
             rng,
+            relations=relations,
             instructed=True,
             plain_share=SETTINGS.plain_share,
             n_negatives=SETTINGS.n_negatives,

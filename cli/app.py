@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 import ie
 from ie import runtime
@@ -19,6 +18,7 @@ from .doctor import doctor
 from .edit import edit
 from .evaluate import evaluate
 from .inspect import inspect
+from .light import LightCommand, LightGroup
 from .options import examples
 from .render import error_lines, plain
 from .train import train
@@ -26,7 +26,7 @@ from .train import train
 __all__ = ["app", "main"]
 
 
-class _Application(TyperGroup):
+class _Application(LightGroup):
     """Writes usage errors as every other error: `error:`, `hint:`, exit code 2."""
 
     def main(
@@ -105,13 +105,13 @@ app.command(
     "apply-patch",
     epilog=examples(
         "ie apply-patch patch.safetensors --prompt 'The capital of Australia is'",
-        "ie apply-patch a.safetensors b.safetensors --merge merged --dtype float16",
+        "ie apply-patch a.safetensors b.safetensors --out both.safetensors --merge merged",
     ),
 )(apply_patch)
 app.command("eval", epilog=examples("ie eval --holdout zsre", "ie eval --methods none,finetune --markdown report.md"))(
     evaluate
 )
-app.command(epilog=examples("ie inspect patch.safetensors", "ie inspect ie-editor --json"))(inspect)
+app.command(cls=LightCommand, epilog=examples("ie inspect patch.safetensors", "ie inspect ie-editor --json"))(inspect)
 app.command(epilog=examples("ie demo", "ie demo --minutes 1 --out my-demo"))(demo)
 app.command(epilog=examples("ie doctor", "ie doctor --quant 8bit --json"))(doctor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -44,6 +44,14 @@ def edit(
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="F.jsonl", help="One edit a line: instruction, prompt, target.")
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="N", min=1, help="Largest rank of the patch.", show_default="99.9 % of energy"),
+    ] = None,
+    patch_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--patch-dtype", metavar="D", help="What the patch file holds; auto: float16 if precise."),
+    ] = "auto",
     quant: Quant = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -75,7 +83,8 @@ def edit(
         settings = EditSettings.model_validate(
             {
                 "requests": requests, "many": from_file is not None, "editor": editor, "model": model, "out": out,
-                "quant": quant, "dtype": dtype, "device": device, "force": force,
+                "rank": rank, "patch_dtype": patch_dtype, "quant": quant, "dtype": dtype, "device": device,
+                "force": force,
             }
         )  # fmt: skip
         result = make_edit(settings)

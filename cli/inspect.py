@@ -18,13 +18,13 @@ __all__ = ["describe", "inspect"]
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A patch file, an editor or a dataset folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A patch, a LoRA adapter, an editor or a dataset.")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Say what a patch, an editor or a dataset is."""
-    with reporting(json=json, quiet=quiet, debug=debug) as render:
+    with reporting(json=json, quiet=quiet, debug=debug, logs=False) as render:
         result = describe(path)
         if render.as_json:
             render.result(result)
@@ -37,15 +37,20 @@ def inspect(
 def describe(path: Path) -> dict[str, Any]:
     """Return what the file or folder says about itself; `kind` says what it is."""
     if not path.exists():
-        raise InputError(f"there is nothing at {path}", hint="expected a patch file, an editor or a dataset folder")
+        raise InputError(f"there is nothing at {path}", hint="expected a patch, an adapter, an editor or a dataset")
     if path.is_file():
         return _patch(path)
+
+    from ie.adapter import is_adapter  # here: a patch has no use for it
+
+    if is_adapter(path):
+        return _adapter(path)
     if (path / "dataset.json").is_file():
         return {"kind": "dataset", "path": str(path), "bytes": _size(path), **_rest(read_dataset_info(path))}
     if (path / "editor.json").is_file():
         return _editor(path)
     if (path / "config.json").is_file():
-        raise InputError(f"{path} is a model folder, expected a patch, an editor or a dataset")
+        raise InputError(f"{path} is a model folder, expected a patch, an adapter, an editor or a dataset")
     raise InputError(f"{path} is neither an editor nor a dataset: it has neither editor.json nor dataset.json")
 
 
@@ -54,13 +59,36 @@ def _patch(path: Path) -> dict[str, Any]:
 
     document, tensors = read_document(path)
     shapes = factor_shapes(path, tensors)
+    norms = document.get("norms")
+    norms = norms if isinstance(norms, dict) else {}
     modules = {
-        name: {"A": [rank, d_in], "B": [rank, d_out], "dtype": tensors[f"{name}.A"][0]}
+        name: {
+            "rank": rank, "norm": norms.get(name), "A": [rank, d_in], "B": [rank, d_out],
+            "dtype": tensors[f"{name}.A"][0],
+        }
         for name, (rank, d_in, d_out) in shapes.items()
-    }
+    }  # fmt: skip
     return {
-        "kind": "patch", "path": str(path), "bytes": path.stat().st_size,
-        **_rest(document), "rank": max(rank for rank, _, _ in shapes.values()), "modules": modules,
+        "kind": "patch", "path": str(path), "bytes": path.stat().st_size, **_rest(document, "norms"),
+        "rank": max(rank for rank, _, _ in shapes.values()), "modules": modules,
+    }  # fmt: skip
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """A PEFT LoRA adapter, as the patch that `ie apply-patch` takes it for."""
+    from ie.adapter import read_adapter
+
+    adapter = read_adapter(path)
+    modules = {
+        name: {
+            "rank": lora.rank, "norm": None, "A": [lora.rank, lora.d_in], "B": [lora.rank, lora.d_out],
+            "dtype": lora.dtype, "scaling": lora.scaling,
+        }
+        for name, lora in adapter.modules.items()
+    }  # fmt: skip
+    return {
+        "kind": "patch", "format": "peft", "path": str(path), "bytes": _size(path), "base": {"id": adapter.base},
+        "rank": max(lora.rank for lora in adapter.modules.values()), "modules": modules,
     }  # fmt: skip
 
 
@@ -75,9 +103,10 @@ def _editor(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rest(document: dict[str, Any]) -> dict[str, Any]:
+def _rest(document: dict[str, Any], *shown_elsewhere: str) -> dict[str, Any]:
     """The document without the keys that `inspect` sets itself."""
-    return {key: value for key, value in document.items() if key not in ("kind", "path", "bytes")}
+    own = ("kind", "path", "bytes", *shown_elsewhere)
+    return {key: value for key, value in document.items() if key not in own}
 
 
 def _size(folder: Path) -> int:

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BEFORE", "CONTROLS", "Line", "by_task", "cell", "labels", "named", "to_markdown"]
+__all__ = ["LEGEND", "Line", "Section", "cell", "sections", "settings", "summary_of", "to_markdown"]
 
 BEFORE = "none"
 METHODS = (BEFORE, "instructedit", "mend", "finetune", "gradient")
 CONTROLS = ("right", "none", "wrong-task", "random", "unseen")
-METRICS = ("reliability", "generalization", "portability", "locality", "fluency")
+METRICS = (
+    "reliability", "generalization", "portability", "locality", "locality-known", "harmonic-mean", "fluency",
+)  # fmt: skip
 QUERIES = ("plain", "instructed")
 DECODINGS = ("generated", "forced")
 
@@ -27,13 +29,79 @@ class Line:
     decoding: str
     n: int
     cells: dict[str, Row] = field(default_factory=dict)
+    best: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: a task's figures, a column for each method, control or style."""
+
+    title: str
+    column: str
+    names: Mapping[str, str]
+    lines: Sequence[Line]
+
+
+def sections(result: Mapping[str, Any]) -> list[Section]:
+    """The report's tables: methods side by side, then what editors do when told other things than what is right."""
+    rows, gaps = named(result["rows"]), named(result.get("differences", ()))
+    styled = [{**row, "control": row["style"]} for row in rows if row.get("style")]
+    told = [row for row in rows if row.get("control") and not row.get("style")]
+    less = [_less(row) for row in gaps if row.get("control") and not row.get("versus_style")]
+    groups = (
+        ([row for row in rows if not row.get("control")], "method", ""),
+        (told, "control", ": which instruction"),
+        (less, "control", ": right instruction less another, in points"),
+        (styled, "control", ": each unseen wording"),
+    )
+    out = []
+    for found, column, suffix in groups:
+        names = labels(found, column)
+        for task, lines in by_task(found, column).items():
+            held = " (held out)" if task == result.get("holdout") else ""
+            if column == "method":
+                _mark_best(task, lines, [row for row in gaps if not row.get("control")])
+            out.append(Section(f"{task}{held}{suffix}", column, names, lines))
+    return out
+
+
+_FEW = 10  # records whose bootstrap says nothing
+
+
+def _less(gap: Row) -> Row:
+    return {**gap, "control": gap["versus_control"], "signed": True}
+
+
+def _mark_best(task: str, lines: Sequence[Line], gaps: Sequence[Row]) -> None:
+    """Name a line's best method where the intervals of its differences from all other editing methods exclude zero."""
+    ahead: dict[tuple[str, str, str], dict[str, set[str]]] = {}
+    for row in gaps:
+        if row["task"] == task and row["n"] >= _FEW and row["low"] is not None:
+            pair = (row["method"], row["versus"])
+            better, worse = pair if row["low"] > 0 else pair[::-1]
+            if row["low"] > 0 or row["high"] < 0:
+                key = (row["metric"], row["query"], row["decoding"])
+                ahead.setdefault(key, {}).setdefault(better, set()).add(worse)
+    for line in lines:
+        others = len(line.cells) - 1 - (BEFORE in line.cells)
+        beaten = ahead.get((line.metric, line.query, line.decoding), {})
+        line.best = next((name for name, losers in beaten.items() if others and len(losers) == others), None)
+
+
+def settings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures depend on."""
+    keys = ("base", "dtype", "quant", "editor", "data_fingerprint", "seed", "versions")
+    return {key.replace("_", " "): result[key] for key in keys if key in result}
 
 
 def named(rows: Sequence[Row]) -> list[Row]:
     """The rows, with the editor's folder in the method's name where one method stands for several editors."""
-    editors = {(row["method"], row.get("editor")) for row in rows}
+    sides = (("method", "editor"), ("versus", "versus_editor"))
+    editors = {(row[method], row.get(editor)) for row in rows for method, editor in sides if method in row}
     shared = {method for method, _ in editors if len([one for one in editors if one[0] == method]) > 1}
-    return [{**row, "method": f"{row['method']} {row['editor']}"} if row["method"] in shared else row for row in rows]
+    return [
+        {**row, **{key: f"{row[key]} {row[editor]}" for key, editor in sides if row.get(key) in shared}} for row in rows
+    ]
 
 
 def by_task(rows: Iterable[Row], column: str) -> dict[str, list[Line]]:
@@ -71,44 +139,96 @@ def labels(rows: Iterable[Row], column: str) -> dict[str, str]:
     return names
 
 
-def cell(row: Row | None, *, stacked: bool = False) -> str:
+def cell(row: Row | None, *, stacked: bool = False, best: bool = False) -> str:
     """Write a figure with its 95 % interval: in percent, but fluency, which is no share."""
     if row is None or row["value"] is None or row["value"] != row["value"]:
         return "-"
     factor = 1 if row["metric"] == "fluency" else 100
-    value = f"{row['value'] * factor:.1f}"
+    value = f"{'* ' if best else ''}{row['value'] * factor:{'+' if row.get('signed') else ''}.1f}"
     if row.get("low") is None or row.get("high") is None:
         return value
     between = "\n" if stacked else " "
-    return f"{value}{between}({row['low'] * factor:.0f}-{row['high'] * factor:.0f})"
+    to = " to " if row.get("signed") else "-"
+    return f"{value}{between}({row['low'] * factor:.0f}{to}{row['high'] * factor:.0f})"
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: a table for each task, controls after them."""
-    plain_rows = named([row for row in result["rows"] if not row.get("control")])
-    control_rows = [row for row in result["rows"] if row.get("control")]
-    parts = ["# Evaluation", f"Base: `{result['base']}`. Hold-out: {result.get('holdout') or 'none'}.", LEGEND]
-    parts += _sections(plain_rows, "method", result.get("holdout"), "")
-    parts += _sections(control_rows, "control", result.get("holdout"), ": which instruction")
+    """Return the report as Markdown: the summary, a table for each task, controls after them, the settings."""
+    summary = "\n".join(f"- {line}" for line in summary_of(result))
+    parts = ["# Evaluation", f"Hold-out: {result.get('holdout') or 'none'}.", summary, LEGEND]
+    for section in sections(result):
+        heads = ["metric", "query", "decoding", "n", *section.names.values()]
+        body = [
+            [
+                line.metric, line.query, line.decoding, str(line.n),
+                *(cell(line.cells.get(name), best=name == line.best) for name in section.names),
+            ]
+            for line in section.lines
+        ]  # fmt: skip
+        rule = ["---"] * 3 + ["---:"] * (len(heads) - 3)
+        parts.append(f"## {section.title}")
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *body)))
+    parts.append("\n".join(f"- {name}: `{value}`" for name, value in settings(result).items()))
     return "\n\n".join(parts) + "\n"
 
 
 LEGEND = (
-    "Percent, with 95 % intervals; fluency is an entropy. "
-    "plain: the query carries no instruction; generated: greedy decoding, exact match; forced: teacher-forced tokens."
+    "Percent, with 95 % intervals; fluency is an entropy. plain: the query carries no instruction; generated: greedy "
+    "decoding, exact match; forced: teacher-forced tokens; locality-known: questions that the base answered rightly; "
+    "harmonic-mean: of reliability, generalization and locality; *: better than every other method, beyond chance."
 )
 
+_GOOD, _GAP = 0.9, 0.1
 
-def _sections(rows: Sequence[Row], column: str, holdout: str | None, suffix: str) -> list[str]:
-    names = labels(rows, column)
-    parts: list[str] = []
-    for task, lines in by_task(rows, column).items():
-        heads = ["metric", "query", "decoding", "n", *names.values()]
-        body = [
-            [line.metric, line.query, line.decoding, str(line.n), *(cell(line.cells.get(name)) for name in names)]
-            for line in lines
-        ]
-        rule = ["---"] * 3 + ["---:"] * (len(heads) - 3)
-        parts.append(f"## {task}{' (held out)' if task == holdout else ''}{suffix}")
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *body)))
-    return parts
+
+def summary_of(result: Mapping[str, Any]) -> list[str]:
+    """At most six sentences: what works, what does not, what to try. Judged by plain queries, generated if measured."""
+    rows = [row for row in result["rows"] if row["query"] == "plain" and not row.get("control")]
+    edited = [row for row in named(rows) if row["method"] != BEFORE]
+    if not edited:
+        return ["No editing method was measured: these are the base's own answers."]
+    method = edited[0]["method"]
+    decoding = "generated" if any(row["decoding"] == "generated" for row in edited) else "forced"
+    of_method = {
+        (row["task"], row["metric"], row["decoding"]): row["value"] for row in edited if row["method"] == method
+    }
+    found = {(task, metric): value for (task, metric, way), value in of_method.items() if way == decoding}
+    advice = {
+        "reliability": "edits do not take often enough; train longer, or give more records of the task",
+        "generalization": "edits do not reach other wordings; give records with more rephrases",
+        "locality": "edits spread to unrelated questions; raise locality_weight or n_negatives",
+    }
+    good = sorted(
+        task for task in {task for task, _ in found} if all(found.get((task, one), 1.0) >= _GOOD for one in advice)
+    )
+    out = [f"{method}, plain and {decoding}: {', '.join(good) or 'no task'} at 90 % or more in every metric."]
+    for metric, what in advice.items():
+        weak = sorted(task for (task, name), value in found.items() if name == metric and value < _GOOD)
+        if weak:
+            out.append(f"{metric} is below 90 % for {', '.join(weak)}: {what}.")
+    flattered = sorted(
+        task
+        for (task, metric, way), value in of_method.items()
+        if metric == "reliability" and way == "forced" and value - found.get((task, metric), value) > _GAP
+    )
+    if flattered:
+        out.append(
+            f"Teacher forcing flatters {', '.join(flattered)} by more than 10 points: trust the generated figures."
+        )
+    out += _instruction_matters(result)
+    return out[:6]
+
+
+def _instruction_matters(result: Mapping[str, Any]) -> list[str]:
+    gaps = [
+        row
+        for row in result.get("differences", ())
+        if row.get("control") == "right" and row["metric"] == "harmonic-mean" and row["query"] == "plain"
+        if row["versus_control"] in ("none", "wrong-task", "random")
+    ]
+    if not gaps:
+        return []
+    tasks = sorted({row["task"] for row in gaps if row["low"] > 0})
+    if tasks:
+        return [f"The right instruction edits better than another, or none, in: {', '.join(tasks)}."]
+    return ["The instruction makes no difference beyond chance: right, wrong, random and none edit alike."]

@@ -6,14 +6,15 @@ All tables fit 80 columns: texts fold, figures don't.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .report import LEGEND, Line, by_task, cell, labels, named
+if TYPE_CHECKING:
+    from .report import Line, Section
 
 __all__ = [
     "apply_view",
@@ -51,7 +52,14 @@ def _table(title: str | None, *heads: str, figures: Sequence[str] = (), narrow: 
 
 
 def _row(table: Table, *cells: object) -> None:
-    table.add_row(*(one if isinstance(one, Text) else Text("-" if one is None else str(one)) for one in cells))
+    table.add_row(*(one if isinstance(one, Text) else Text("-" if one is None else _safe(str(one))) for one in cells))
+
+
+def _safe(text: str) -> str:
+    """Keep a stranger's file from steering the terminal: control characters are shown, not sent."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
 
 
 def _facts(title: str | None, facts: Json) -> Table:
@@ -61,7 +69,7 @@ def _facts(title: str | None, facts: Json) -> Table:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value is not None:
-            table.add_row(Text(name), Text(_value(value)))
+            table.add_row(Text(_safe(name)), Text(_safe(_value(value))))
     return table
 
 
@@ -156,7 +164,8 @@ def edit_view(result: Json) -> View:
         "target": result["target"],
         "took": bool(result["took"]),
         "target probability": f"{_probability(chance['before'])} before, {_probability(chance['after'])} after",
-        "patch": f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']})",
+        "patch": f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})",
+        "energy kept": _percent(result["energy_kept"]),
         "time": f"{result['seconds']:.2f} s",
     }
     return [table, _GAP, _facts(None, facts)]
@@ -167,81 +176,142 @@ def _probability(value: float) -> str:
 
 
 def _mark(took: object) -> Text:
-    return Text("yes") if took else Text("no", style="red")
+    return Text("-") if took is None else Text("yes") if took else Text("no", style="red")
 
 
 def apply_view(result: Json) -> View:
-    """The previews, and what was written."""
+    """The previews, what each edit does beside the others, and what was written."""
     parts: View = []
     if result["previews"]:
         table = _table(None, "prompt", "before", "after")
         for preview in result["previews"]:
-            _row(table, preview["prompt"], preview["before"], Text(str(preview["after"]), style="bold"))
+            _row(table, preview["prompt"], preview["before"], Text(_safe(str(preview["after"])), style="bold"))
+        parts += [table, _GAP]
+    if len(result["patches"]) > 1:
+        table = _table(None, "", "patch", "alone", "together", "disturbed by")
+        by = {entry["number"]: ", ".join(map(str, entry["by_numbers"])) or "all" for entry in result["disturbed"]}
+        for number, entry in enumerate(result["patches"], 1):
+            marks = (_mark(entry["took_alone"]), _mark(entry["took"]))
+            _row(table, number, entry["name"], *marks, by.get(number, ""))
         parts += [table, _GAP]
     facts = {
-        "patches": [entry if isinstance(entry, str) else entry.get("patch", entry) for entry in result["patches"]],
+        "patches": list(dict.fromkeys(entry["patch"] for entry in result["patches"])),
         "took": result["took"],
-        "merged": result["merged"],
+        "stacked": _file(result["out"]),
+        "merged": _checkpoint(result["merged"]),
         "peft adapter": result["peft"],
+        **{one["server"]: one["flags"] if one["takes"] else f"no: {one['reason']}" for one in result["checks"]},
     }
     return [*parts, _facts(None, facts)]
 
 
+def _file(written: Json | None) -> str | None:
+    return None if written is None else f"{written['path']} ({size(written['bytes'])}, {written['edits']} edits)"
+
+
+def _checkpoint(merged: Json | None) -> str | None:
+    if merged is None:
+        return None
+    took = {True: "took; ", False: "did not take; ", None: ""}[merged["took"]]
+    return f"{merged['path']}: {took}{merged['kept']:.1%} of the change is left in {merged['dtype']}"
+
+
 def eval_view(result: Json) -> View:
-    """A table for each task, methods side by side, and one for the controls where there are any."""
-    rows = named([row for row in result["rows"] if not row.get("control")])
-    controls = [row for row in result["rows"] if row.get("control")]
-    parts: View = []
-    for found, column, suffix in ((rows, "method", ""), (controls, "control", ": which instruction")):
-        names = labels(found, column)
-        for task, lines in by_task(found, column).items():
-            title = f"{task}{' (held out)' if task == result.get('holdout') else ''}{suffix}"
-            parts += [_beside(title, lines, names) if len(names) <= 2 else _below(title, lines, names, column), _GAP]
-    return [*parts, Text(LEGEND), _GAP, _facts(None, {"base": result["base"], "editor": result.get("editor")})]
+    """The summary, a table for each task with methods side by side, those of the controls, and the settings."""
+    from .report import LEGEND, sections, settings, summary_of  # here: `ie inspect` has no use for it
+
+    parts: View = [*(Text(f"- {line}") for line in summary_of(result)), _GAP]
+    for section in sections(result):
+        parts += [_beside(section) if len(section.names) <= 2 else _below(section), _GAP]
+    return [*parts, Text(LEGEND), _GAP, _facts(None, settings(result))]
 
 
-def _beside(title: str, lines: Sequence[Line], names: Mapping[str, str]) -> Table:
+def _beside(section: Section) -> Table:
     """Two methods at most: a column for each."""
-    table = _table(title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()))
-    for line in lines:
-        _row(table, line.metric, line.query, line.decoding, line.n, *(cell(line.cells.get(name)) for name in names))
+    names = section.names
+    table = _table(
+        section.title, "metric", "query", "decoding", "n", *names.values(), figures=("n", *names.values()), narrow=True
+    )
+    for line in section.lines:
+        cells = (_cell(line, name, stacked=False) for name in names)
+        _row(table, line.metric, line.query, line.decoding, line.n, *cells)
     return table
 
 
-def _below(title: str, lines: Sequence[Line], names: Mapping[str, str], column: str) -> Table:
+def _below(section: Section) -> Table:
     """Many methods: a line for each, and a column for each way of asking."""
+    lines = section.lines
     ways = list(dict.fromkeys((line.query, line.decoding) for line in lines))
     heads = ["\n".join(way) for way in ways]
     found = {(line.metric, line.query, line.decoding): line for line in lines}
-    table = _table(title, "metric", column, "n", *heads, figures=("n", *heads), narrow=True)
+    table = _table(section.title, "metric", section.column, "n", *heads, figures=("n", *heads), narrow=True)
     for metric in dict.fromkeys(line.metric for line in lines):
-        for name, label in names.items():
+        for name, label in section.names.items():
             there = [found.get((metric, *way)) for way in ways]
-            cells = [cell(line.cells.get(name) if line else None, stacked=True) for line in there]
-            _row(table, metric, label, max(line.n for line in there if line), *cells)
+            n = max(line.n for line in there if line)
+            _row(table, metric, label, n, *(_cell(line, name, stacked=True) if line else None for line in there))
     return table
+
+
+def _cell(line: Line, name: str, *, stacked: bool) -> Text:
+    """A figure; the best one bold as well as marked, so that it shows without colour too."""
+    from .report import cell
+
+    best = name == line.best
+    return Text(cell(line.cells.get(name), stacked=stacked, best=best), style="bold green" if best else "")
 
 
 def inspect_view(result: Json) -> View:
     """Everything that the file says about itself; the lists that are long as tables."""
-    in_tables = {"modules"} if result["kind"] == "patch" else set()
-    if result["kind"] == "dataset":
-        in_tables = {"tasks", "instructions", "styles"}
+    if result["kind"] == "patch":
+        return _patch_view(result)
+    in_tables = {"tasks", "instructions", "styles"} if result["kind"] == "dataset" else set()
     facts = {key: value for key, value in result.items() if key not in in_tables}
     facts["bytes"] = f"{facts['bytes']} ({size(facts['bytes'])})"
     parts: View = [_facts(None, facts)]
     if result["kind"] == "dataset":
         parts += [_GAP, _counts(result)]
-    if result["kind"] == "patch":
-        table = _table(None, "module", "A", "B", "dtype")
-        for name, entry in result["modules"].items():
-            _row(table, name, *(_shape(entry.get(key)) for key in ("A", "B")), entry["dtype"])
-        parts += [_GAP, table]
     return parts
 
 
-def _shape(shape: object) -> str:
-    return " x ".join(map(str, shape)) if isinstance(shape, list) else "-"
+def _patch_view(result: Json) -> View:
+    """A patch for its reviewer: what it changes first, then how far it reaches, then where it comes from."""
+    parts: View = []
+    parents = [entry for entry in _listed(result, "parents") if isinstance(entry.get("info"), Mapping)]
+    probes = _listed(result, "probes")
+    if parents:
+        table = _table(None, "edit", "prompt", "wanted", "alone", "together")
+        for number, entry in enumerate(parents, 1):
+            info = entry["info"]
+            marks = (_mark(info.get("took")), _mark(entry.get("took")))
+            _row(table, f"{number} {entry.get('name')}", info.get("prompt"), info.get("target"), *marks)
+        parts += [table, _GAP]
+    elif result.get("prompt") is not None:
+        table = _table(None, "", "prompt", "before", "after", "wanted")
+        _row(table, "edit", *(result.get(key) for key in ("prompt", "before", "after", "target")))
+        for probe in probes:
+            state = "same" if probe.get("before") == probe.get("after") else "changed"
+            _row(table, state, *(probe.get(key) for key in ("prompt", "before", "after")), "")
+        parts += [table, _GAP]
+    table = _table(None, "module", "rank", "norm", "A", "B", "dtype", figures=("rank", "norm"))
+    for name, entry in result["modules"].items():
+        norm = entry["norm"]
+        shown = f"{norm:.4g}" if isinstance(norm, int | float) else None
+        _row(table, name, entry["rank"], shown, _shape(entry["A"]), _shape(entry["B"]), entry["dtype"])
+    done = {"modules", "parents", "probes", "prompt", "before", "after", "target"}
+    facts = {key.replace("_", " "): value for key, value in result.items() if key not in done}
+    facts["bytes"] = f"{facts['bytes']} ({size(facts['bytes'])})"
+    return [*parts, table, _GAP, _facts(None, facts)]
+
+
+def _listed(result: Json, key: str) -> list[Json]:
+    """A list of objects, whatever the file holds there."""
+    found = result.get(key)
+    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def demo_view(result: Json) -> View:

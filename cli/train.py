@@ -93,7 +93,7 @@ def train(
         typer.Option("--batch-size", metavar="N", min=1, help="Edits in a step.", show_default="16"),
     ] = None,
     balance: Annotated[
-        bool, typer.Option("--balance/--no-balance", help="Draw tasks evenly, or by their size.")
+        bool, typer.Option("--balance/--no-balance", help="Draw tasks by the root of their size, or by size.")
     ] = True,
     seed: Seed = 0,
     config: Annotated[

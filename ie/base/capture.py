@@ -42,6 +42,12 @@ class Signals:
     modules: dict[str, ModuleSignals]
     n_edits: int
 
+    def n_tokens(self) -> list[int]:
+        """For each request the largest number of tokens that a module kept of it: the rank of its update."""
+        counts = [torch.bincount(one.edit, minlength=self.n_edits) for one in self.modules.values()]
+        most: list[int] = torch.stack(counts).amax(0).tolist()
+        return most
+
 
 def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """Mean of the values (n_answer,) of each row, (n_rows,); `rows` (n_answer,) int64 names each value's row."""

@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from ie.errors import ModelError
 
-__all__ = ["checkpoint_files", "fingerprint_checkpoint"]
+__all__ = ["INDEX", "checkpoint_files", "fingerprint_checkpoint"]
+
+INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 _N_SAMPLES = 64
 _VOLATILE = ("architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache")
@@ -26,7 +28,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     Raises:
-        ModelError: if there are none; weights that only pickle can read are refused.
+        ModelError: if there are none, or if its index names others; weights that only pickle can read are refused.
     """
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if not files:
@@ -34,7 +36,25 @@ def checkpoint_files(folder: Path) -> list[Path]:
             f"{folder} holds no .safetensors weights",
             hint="Point --model at a folder saved by save_pretrained(); pickled weights are not read.",
         )
+    _check_index(folder, {file.name for file in files})
     return files
+
+
+def _check_index(folder: Path, present: set[str]) -> None:
+    """Refuse an index that leads out of its folder or to files that are not there: loading would follow it."""
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(str(name) for name in named - present)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of a sharded checkpoint: {type(error).__name__} {error}") from error
+    if missing:
+        raise ModelError(
+            f"{index} names files that are not in its folder: {', '.join(missing)}",
+            hint="Copy the whole checkpoint; shards must lie beside their index.",
+        )
 
 
 def fingerprint_checkpoint(folder: Path) -> str:

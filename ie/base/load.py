@@ -70,6 +70,7 @@ def load_base(
     _, blocks = find_blocks(model)
     return Base(
         id=name if name == "toy" or not Path(name).is_dir() else str(Path(name).resolve()),
+        folder=folder,
         fingerprint=fingerprint_checkpoint(folder),
         quant=plan.quant,
         reason=plan.reason,

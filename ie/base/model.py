@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ie.base.capture import Signals, recording
+from ie.base.instructions import InstructionStore
 from ie.base.likelihood import nll
 from ie.base.prefix import PrefixStore
 from ie.base.statefile import StateFile
@@ -37,6 +39,7 @@ class Base:
 
     Attributes:
         id: the name it was loaded by: `toy`, a hub id, or a folder.
+        folder: its checkpoint.
         fingerprint: names its weights; the same for every dtype and quantisation of one checkpoint.
         quant: `none`, `8bit` or `4bit`.
         reason: why it is computed in its dtype, for people.
@@ -47,6 +50,7 @@ class Base:
     """
 
     id: str
+    folder: Path
     fingerprint: str
     quant: str
     reason: str
@@ -54,6 +58,11 @@ class Base:
     tokenizer: Any
     targets: tuple[EditTarget, ...]
     decoder: Decoder
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit that it was loaded from; None for a folder that is not of the hub."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +88,17 @@ class Base:
         return PrefixStore(self.decoder, store)
 
     @cached_property
+    def _instructions(self) -> InstructionStore:
+        return InstructionStore(self.decoder, self.prefixes)
+
+    @cached_property
     def _into_head(self) -> TextStore:
         return TextStore(REFERENCE_BUDGET_BYTES)
 
     @property
     def stores(self) -> dict[str, TextStore]:
         """What is computed once and kept, by name; a training's checkpoint holds their states."""
-        return {"prefix": self.prefixes.store, "head": self._into_head}
+        return {"prefix": self.prefixes.store, "instructions": self._instructions.store, "head": self._into_head}
 
     @property
     def pad_id(self) -> int:
@@ -128,13 +141,18 @@ class Base:
 
     def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
-        hidden = self.prefixes.hidden(batch)
+        hidden, context = self.prefixes.hidden(batch), None
+        if update is None:  # under an edit an instruction's tokens hand on something else
+            context = self._instructions.context(batch)
+            own = [row[text.n_instruction : len(text.ids)] for row, text in zip(hidden, batch.texts, strict=True)]
+            hidden = pad_sequence(own, batch_first=True)
+            batch = self.collate([text.without_instruction() for text in batch.texts])
         with (
             torch.enable_grad(),
             adding(self.model, update) if update else nullcontext(),
             recording(self.model, self.targets) as recorder,
         ):
-            logits = run_suffix(self.decoder, batch, hidden)
+            logits = run_suffix(self.decoder, batch, hidden, context)
             # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
             # be moved as far as a short answer's.
             _, gradient = nll(logits.detach(), batch.labels)

@@ -4,6 +4,7 @@
     generalization   rephrases give it too; on opinions: unseen replies of the wanted side gain over the other side's
     portability      questions that follow from the new fact are answered rightly
     locality         unrelated questions have the same answer as before
+    locality-known   the same, of questions alone that the base answered rightly before
 
 Each *forced* (share of answer tokens that are the arg-max, the answer being given) or *generated* (greedy decoding,
 exact match), each *plain* or *instructed*. A record counts once, with the mean over its questions of one kind.
@@ -14,7 +15,7 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ie.base.asking import Ask, matches
@@ -30,16 +31,17 @@ METRICS = ("reliability", "generalization", "portability", "locality")
 _FLUENCY_TOKENS = 32
 
 _Replies = dict[Ask, float]  # each with its share in the wanted side's gain on the other
+_Way = Callable[[Respondent, Respondent, str, Sequence[Ask]], list[float]]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Values of one metric, one for each record that has a question of its kind."""
+    """Values of one metric, one for each record that has a question of its kind, by the record's number."""
 
     metric: str
     query: str
     decoding: str
-    values: tuple[float, ...]
+    values: Mapping[int, float]
 
 
 def is_opinion(record: Record) -> bool:
@@ -83,7 +85,7 @@ def measure(
     before = before or Respondent(base)
     after = before if update is None else Respondent(base, update)
     asked: dict[tuple[str, str], list[Ask]] = {}
-    replies: dict[str, list[_Replies]] = {}
+    replies: dict[str, dict[int, _Replies]] = {}
     for query in queries:
         shown = [text if query == "instructed" else None for text in instructions]
         for metric in metrics:
@@ -91,13 +93,13 @@ def measure(
                 continue  # an unrelated question comes from a user who knows of no edit
             asked[metric, query] = [ask for i, one in enumerate(records) for ask in questions(one, metric, i, shown[i])]
         if "generalization" in metrics:
-            replies[query] = [_replies(one, i, shown[i]) for i, one in enumerate(records) if is_opinion(one)]
+            replies[query] = {i: _replies(one, i, shown[i]) for i, one in enumerate(records) if is_opinion(one)}
     # Asked together, in full batches: the figures then find every answer known.
     every = [ask for asks in asked.values() for ask in asks]
     after.predictions(every)
     if generate:
         after.answers(every)
-    weighed = [ask for of_query in replies.values() for one in of_query for ask in one]
+    weighed = [ask for of_query in replies.values() for one in of_query.values() for ask in one]
     before.log_likelihoods(weighed)
     after.log_likelihoods(weighed)
 
@@ -105,21 +107,27 @@ def measure(
     for query in queries:
         for metric in metrics:
             asks = asked.get((metric, query), [])
-            out.append(_figures(metric, query, "forced", asks, _forced(before, after, metric, asks)))
-            if generate:
-                out.append(_figures(metric, query, "generated", asks, _generated(before, after, metric, asks)))
-        gains = tuple(_gains(before, after, one) for one in replies.get(query, []))
+            ways: dict[str, _Way] = {"forced": _forced, **({"generated": _generated} if generate else {})}
+            for decoding, way in ways.items():
+                values = way(before, after, metric, asks)
+                out.append(Figures(metric, query, decoding, _by_record(asks, values)))
+                if metric == "locality":
+                    known = [right == 1 for right in way(before, before, "", asks)]
+                    out.append(Figures("locality-known", query, decoding, _by_record(asks, values, known)))
+        gains = {edit: _gains(before, after, one) for edit, one in replies.get(query, {}).items()}
         out.append(Figures("generalization", query, "forced", gains))
     if generate and "plain" in queries:
-        out.append(Figures("fluency", "plain", "generated", _fluency(after, records)))
+        out.append(Figures("fluency", "plain", "generated", dict(enumerate(_fluency(after, records)))))
     return [figures for figures in out if figures.values]
 
 
-def _figures(metric: str, query: str, decoding: str, asks: Sequence[Ask], values: Sequence[float]) -> Figures:
+def _by_record(asks: Sequence[Ask], values: Sequence[float], counted: Sequence[bool] | None = None) -> dict[int, float]:
+    """Mean of the values of each record's questions; only of those that count."""
     of_record: dict[int, list[float]] = {}
-    for ask, value in zip(asks, values, strict=True):
-        of_record.setdefault(ask.edit, []).append(value)
-    return Figures(metric, query, decoding, tuple(mean(group) for group in of_record.values()))
+    for ask, value, counts in zip(asks, values, counted or [True] * len(asks), strict=True):
+        if counts:
+            of_record.setdefault(ask.edit, []).append(value)
+    return {edit: mean(group) for edit, group in of_record.items()}
 
 
 def _forced(before: Respondent, after: Respondent, metric: str, asks: Sequence[Ask]) -> list[float]:

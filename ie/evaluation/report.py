@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from ie.editor.files import load_editor, load_info
 from ie.editor.methods import Method, editor_method, finetune_method, gradient_method
 from ie.editor.request import EditRequest
 from ie.errors import InputError
+from ie.evaluation.comparison import Interval, differences, harmonic_means
 from ie.evaluation.instructions import heldout_instructions
-from ie.evaluation.metrics import mean, wilson
+from ie.evaluation.metrics import Z95, mean, wilson
 from ie.evaluation.protocol import Figures, measure
 from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import best_rate
@@ -52,6 +54,9 @@ class Contestant:
     method: str
     edit: Method | None
     extra: dict[str, str]
+
+
+Measured = tuple[Contestant, list[Figures]]
 
 
 def evaluate(
@@ -110,17 +115,21 @@ def evaluate(
     before = Respondent(base)
     contestants += _training_free(before, dataset, methods, tasks, on_note)
     rows: list[dict[str, Any]] = []
+    gaps: list[dict[str, Any]] = []
     for task in tasks or dataset.tasks:
         records = _limited(dataset.records("test", [task]), limit, seed)
         if not records:
             on_note(f"{task}: no test record")
             continue
         on_note(f"{task}: {len(records)} records")
-        instructions = heldout_instructions(records)
-        measured = [(one, _measure(before, one.edit, records, instructions, generate=generate)) for one in contestants]
-        rows += [_row(task, one, found) for one, figures in measured for found in figures]
+        told = heldout_instructions(records)
+        measured = [(one, _measure(before, one.edit, records, told, generate=generate)) for one in contestants]
+        rows += [row for one, figures in measured for row in _rows(task, one, figures)]
+        gaps += [row for left, right in combinations(measured[1:], 2) for row in _gaps(task, left, right)]
         if controls:
-            rows += _controls(before, measured, task, records, dataset, generate=generate)
+            for right, *others in _controls(before, measured, task, records, dataset, generate=generate):
+                rows += [row for one, figures in (right, *others) for row in _rows(task, one, figures)]
+                gaps += [row for other in others for row in _gaps(task, right, other)]
     if not rows:
         raise InputError(f"{data} has no test record of {', '.join(tasks or dataset.tasks)}")
     return {
@@ -128,8 +137,10 @@ def evaluate(
         "base": base.id,
         "editor": [str(folder) for folder in editors],
         "rows": rows,
+        "differences": gaps,
         "data_fingerprint": dataset.fingerprint,
         "quant": base.quant,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
         "seed": seed,
         "versions": versions(),
         "created": now(),
@@ -175,72 +186,91 @@ def _measure(
     generate: bool,
 ) -> list[Figures]:
     """Measure batch by batch, so that no more than a batch of updates is held."""
-    merged: dict[tuple[str, str, str], list[float]] = {}
+    merged: dict[tuple[str, str, str], dict[int, float]] = {}
     for start in range(0, len(records), _BATCH_SIZE):
         part, told = records[start : start + _BATCH_SIZE], instructions[start : start + _BATCH_SIZE]
         requests = [EditRequest.of(record, text) for record, text in zip(part, told, strict=True)]
         update = None if edit is None else edit(before.base, requests)
         for found in measure(before.base, part, told, update, generate=generate, before=before):
-            merged.setdefault((found.metric, found.query, found.decoding), []).extend(found.values)
-    return [Figures(*key, tuple(values)) for key, values in merged.items()]
+            values = {start + record: value for record, value in found.values.items()}
+            merged.setdefault((found.metric, found.query, found.decoding), {}).update(values)
+    return [Figures(*key, values) for key, values in merged.items()]
 
 
-def _row(task: str, one: Contestant, found: Figures) -> dict[str, Any]:
-    n = len(found.values)
-    value = mean(found.values)
-    if found.metric == "fluency":
-        spread = torch.tensor(found.values).std(correction=0).item() if n > 1 else 0.0
-        half = 1.96 * spread / n**0.5
+def _rows(task: str, one: Contestant, figures: Sequence[Figures]) -> list[dict[str, Any]]:
+    """A row for each figure of a contestant, and one for each harmonic mean."""
+    found = [_interval(one) for one in figures] + harmonic_means(figures)
+    return [{"task": task, "method": one.method, **interval._asdict(), **one.extra} for interval in found]
+
+
+def _interval(figures: Figures) -> Interval:
+    values = list(figures.values.values())
+    n, value = len(values), mean(values)
+    if figures.metric == "fluency":
+        spread = torch.tensor(values).std(correction=0).item() if n > 1 else 0.0
+        half = Z95 * spread / n**0.5
         low, high = value - half, value + half
     else:
         low, high = wilson(value, n)
-    return {
-        "task": task,
-        "method": one.method,
-        "query": found.query,
-        "decoding": found.decoding,
-        "metric": found.metric,
-        "value": value,
-        "low": low,
-        "high": high,
-        "n": n,
-        **one.extra,
-    }
+    return Interval(figures.metric, figures.query, figures.decoding, value, low, high, n)
+
+
+def _gaps(task: str, left: Measured, right: Measured) -> list[dict[str, Any]]:
+    """A row for each figure of one contestant less that of another."""
+    (one, figures), (other, others) = left, right
+    versus = {f"versus_{key}": value for key, value in other.extra.items()}
+    names = {"task": task, "method": one.method, **one.extra, "versus": other.method, **versus}
+    return [{**names, **interval._asdict()} for interval in differences(figures, others)]
 
 
 def _controls(
     before: Respondent,
-    measured: Sequence[tuple[Contestant, list[Figures]]],
+    measured: Sequence[Measured],
     task: str,
     records: Sequence[Record],
     dataset: Dataset,
     *,
     generate: bool,
-) -> list[dict[str, Any]]:
-    """The editors that read instructions, told other things than what is right.
+) -> Iterator[list[Measured]]:
+    """The editors that read instructions, each told what is right first and then other things.
 
-    They have been measured under unseen wordings already; that is not done again.
+    What they do under unseen wordings in turn has been measured already; it is not done again.
     """
-    variants: dict[str, list[str | None]] = {
-        "none": [None] * len(records),
-        "random": [_RANDOM_SENTENCE] * len(records),
-    }
+    told = _other_instructions(task, records, dataset)
+    for one, unseen in measured:
+        if one.method == "instructedit":
+            found = {
+                names: _measure(before, one.edit, records, texts, generate=generate) for names, texts in told.items()
+            }
+            found["unseen", ""] = unseen
+            yield [
+                (
+                    Contestant(
+                        one.method, one.edit, {**one.extra, "control": name, **({"style": style} if style else {})}
+                    ),
+                    figures,
+                )
+                for (name, style), figures in found.items()
+            ]
+
+
+def _other_instructions(
+    task: str, records: Sequence[Record], dataset: Dataset
+) -> dict[tuple[str, str], list[str | None]]:
+    """What editors are told in the controls, by control and style; the first is what is right."""
+    out: dict[tuple[str, str], list[str | None]] = {}
     template = load_templates().get(task)
     if template is not None:
-        texts = [template.render(record, "train") for record in records]
-        variants["right"] = [own[i % len(own)] for i, own in enumerate(texts)]
+        seen = [template.render(record, "train") for record in records]
+        out["right", ""] = [texts[i % len(texts)] for i, texts in enumerate(seen)]
+        unseen = [template.render(record, "heldout") for record in records]
+        out |= {("unseen", style): [texts[k] for texts in unseen] for k, style in enumerate(template.styles)}
+    else:
+        out["right", ""] = heldout_instructions(records)
+    out["none", ""] = [None] * len(records)
+    out["random", ""] = [_RANDOM_SENTENCE] * len(records)
     other = next((name for name in dataset.tasks if name != task), None)
-    if other is not None:
-        told = heldout_instructions(dataset.records("test", [other]))
-        variants["wrong-task"] = [told[i % len(told)] for i in range(len(records))] if told else [None] * len(records)
-    rows = []
-    for one, unseen in measured:
-        if one.method != "instructedit":
-            continue
-        found_under = {"unseen": unseen}
-        for name, instructions in variants.items():
-            found_under[name] = _measure(before, one.edit, records, instructions, generate=generate)
-        for name, figures in found_under.items():
-            control = Contestant(one.method, one.edit, {**one.extra, "control": name})
-            rows += [_row(task, control, found) for found in figures]
-    return rows
+    told = heldout_instructions(dataset.records("test", [other])) if other else []
+    if told:
+        out["wrong-task", ""] = [told[i % len(told)] for i in range(len(records))]
+    return out

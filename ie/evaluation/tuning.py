@@ -40,8 +40,8 @@ def forced_figures(
     )
     values: dict[str, list[float]] = {}
     for one in figures:
-        values.setdefault(one.metric, []).extend(one.values)
-    return {name: mean(found) for name, found in values.items()}
+        values.setdefault(one.metric, []).extend(one.values.values())
+    return {name: mean(values[name]) for name in VALIDATED if name in values}
 
 
 def best_rate(

@@ -1,21 +1,28 @@
-"""What `ie apply-patch` does: verify patches on their base, preview answers, merge, export."""
+"""What `ie apply-patch` does: verify patches together on their base, preview answers; stack, merge, export."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ie.base.asking import Ask, answers, matches
 from ie.base.load import load_base
 from ie.base.model import Base
-from ie.base.plan import resolve_folder
 from ie.base.update import Update
-from ie.patch.merge import merge_checkpoint
-from ie.patch.patch import Patch, applied, check_base, combined
-from ie.patch.peft import export_peft
+from ie.errors import EditFailedError
+from ie.patch.lowrank import side_by_side, stack
+from ie.patch.merge import Merged, merge_checkpoint
+from ie.patch.peft import export_peft, padded_rank, read_patch
+from ie.patch.stacking import Part, disturbances, on_base, on_device, split, stacked, without
+from ie.servers import check_server
 
 __all__ = ["apply_patch"]
+
+_LEAST_KEPT = 0.5  # of an update that can't be asked: below, rounding has eaten it
+_CHUNK = 32
 
 
 def apply_patch(
@@ -24,8 +31,11 @@ def apply_patch(
     model: str | None = None,
     prompts: Sequence[str] = (),
     scale: float | None = None,
+    leave_out: Sequence[str] = (),
+    out: Path | None = None,
     merge: Path | None = None,
     peft: Path | None = None,
+    servers: Sequence[str] = (),
     quant: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
@@ -34,16 +44,19 @@ def apply_patch(
     """Apply patches together in memory and say what they do; write what is asked for.
 
     Args:
-        patches: patch files.
+        patches: patch files, stacks among them, and PEFT LoRA adapter folders.
         model: the base model; None takes the one that the first patch names.
         prompts: prompts to answer before and after, beside the patches' own.
         scale: strength, in place of the patches' own.
+        leave_out: edits to take out, by the name of their file or by number.
+        out: write the edits as one patch.
         merge: write a checkpoint with the edits merged in.
         peft: write a PEFT adapter.
+        servers: say of each whether it takes the adapter; see `ie.servers`.
         quant: see `load_base`.
-        dtype: see `load_base`.
+        dtype: see `load_base`; unless `auto` also the dtype of the merged checkpoint.
         device: see `load_base`.
-        force: overwrite `merge` and `peft`.
+        force: merge although rounding eats an edit.
 
     Returns:
         The JSON object of `ie apply-patch`.
@@ -51,40 +64,125 @@ def apply_patch(
     Raises:
         PatchError: if a file is no patch or does not fit the base.
         BaseMismatchError: if a patch was made for another base.
+        EditFailedError: if an edit takes, but is lost to rounding when merged; nothing is left of the checkpoint.
     """
-    loaded = [Patch.load(path) for path in patches]
+    loaded = [read_patch(path) for path in patches]
     base = load_base(model or loaded[0].info.base.id, quant=quant, dtype=dtype, device=device)
-    for path, patch in zip(patches, loaded, strict=True):
-        check_base(patch, base, path)
-    with applied(base, *loaded, scale=scale):
-        pass  # all modules and shapes are checked before anything is computed or written
-    update = {name: (a.to(base.device), b.to(base.device)) for name, (a, b) in combined(loaded, scale).items()}
-    own = [Ask(patch.info.prompt, patch.info.target) for patch in loaded]
+    checked = [on_base(patch, base, str(path)) for path, patch in zip(patches, loaded, strict=True)]
+    parts = [part for path, patch in zip(patches, checked, strict=True) for part in split(patch, path, scale)]
+    parts = without(parts, leave_out)
+    update = stack([part.update for part in parts])
+    result = _asked(base, parts, update, prompts)
+    took = [entry["took"] for entry in result["patches"]]
+    if out is not None:
+        result["out"] = {"path": str(out), "bytes": stacked(parts, base, took).save(out), "edits": len(parts)}
+    if peft is not None:
+        result["peft"] = {"path": str(peft), "rank": export_peft(base, update, peft, [part.info for part in parts])}
+    kind, folder = base.model.config.model_type, base.folder  # type: ignore[union-attr]
+    rank = padded_rank(update) if servers else 0
+    result["checks"] = [check_server(one, str(kind), rank, list(update), str(peft or "ADAPTER")) for one in servers]
+    if merge is not None:
+        compute = str(base.model.dtype).removeprefix("torch.")
+        asks = [(part.ask, bool(good)) for part, good in zip(parts, took, strict=True) if part.ask is not None]
+        del base  # before the merged model is loaded: never two models in memory
+        gc.collect()
+        check = _MergeCheck(asks, compute, force)
+        merge_checkpoint(folder, update, merge, dtype=None if dtype == "auto" else dtype, verify=check)
+        result["merged"] = {"path": str(merge), **check.found}
+    return result
+
+
+def _asked(base: Base, parts: Sequence[Part], update: Update, prompts: Sequence[str]) -> dict[str, Any]:
+    """Every edit's own question and the prompts given, without and with the edits; who disturbs whom."""
+    asks = [part.ask for part in parts]
+    own = [ask for ask in asks if ask is not None]
     previews = [*own, *(Ask(prompt, "") for prompt in prompts)]
-    before, after = answers(base, previews), answers(base, previews, update)
-    took = [matches(answer, ask.answer) for answer, ask in zip(after, own, strict=False)]
+    before, after = answers(base, previews), answers(base, previews, on_device(base, update))
+    together = [matches(new, ask.answer) for ask, new in zip(own, after, strict=False)]
+    alone = _alone(base, own, parts) if len(parts) > 1 else together
+    seen = iter(zip(before, after, together, alone, strict=False))
+    entries: list[dict[str, Any]] = []
+    for part, ask in zip(parts, asks, strict=True):
+        old, new, took, took_alone = next(seen) if ask else (None, None, None, None)
+        entries.append(
+            {
+                "patch": str(part.path),
+                "name": part.name,
+                "prompt": part.info.prompt,
+                "target": part.info.target,
+                "before": old,
+                "after": new,
+                "took": took,
+                "took_alone": took_alone,
+            }
+        )
+    disturbed = [i for i, entry in enumerate(entries) if entry["took_alone"] and not entry["took"]]
+    known = [entry["took"] for entry in entries if entry["took"] is not None]
     return {
-        "patches": [
-            {"patch": str(path), "prompt": ask.prompt, "target": ask.answer, "took": good}
-            for path, ask, good in zip(patches, own, took, strict=True)
+        "patches": entries,
+        "took": all(known) if known else None,
+        "disturbed": [
+            {
+                "number": one.edit + 1,
+                "patch": parts[one.edit].name,
+                "prompt": parts[one.edit].info.prompt,
+                "by": [parts[j].name for j in one.by],
+                "by_numbers": [j + 1 for j in one.by],
+                "most_by": parts[one.most_by].name,
+            }
+            for one in disturbances(base, parts, disturbed)
         ],
-        "took": all(took),
         "previews": [
             {"prompt": ask.prompt, "before": old, "after": new}
             for ask, old, new in zip(previews, before, after, strict=True)
         ],
-        "merged": None if merge is None else _merged(base, update, own, merge),
-        "peft": None if peft is None else {"path": str(peft), "rank": export_peft(base, update, peft)},
+        "out": None,
+        "merged": None,
+        "peft": None,
     }
 
 
-def _merged(base: Base, update: Update, own: Sequence[Ask], out: Path) -> dict[str, Any]:
-    """Merge, load what was written, and ask it: rounding can eat a small edit."""
-    merge_checkpoint(base, resolve_folder(base.id), update, out)
-    merged = load_base(str(out), dtype=str(base.model.dtype).removeprefix("torch."), quant="none")
-    found = answers(merged, own)
-    return {
-        "path": str(out),
-        "took": all(matches(answer, ask.answer) for answer, ask in zip(found, own, strict=True)),
-        "answers": found,
-    }
+def _alone(base: Base, own: Sequence[Ask], parts: Sequence[Part]) -> list[bool]:
+    """Of each edit that can be asked, whether it takes by itself."""
+    updates = [part.update for part in parts if part.ask is not None]
+    took = []
+    for start in range(0, len(own), _CHUNK):
+        asks = [replace(ask, edit=k) for k, ask in enumerate(own[start : start + _CHUNK])]
+        update = on_device(base, side_by_side(updates[start : start + _CHUNK]))
+        took += [matches(new, ask.answer) for ask, new in zip(asks, answers(base, asks, update), strict=True)]
+    return took
+
+
+class _MergeCheck:
+    """Loads what was written and asks it: rounding can eat a small edit.
+
+    Args:
+        asks: the edits' questions, and whether each takes when applied.
+        compute: the dtype to compute in, that of the base before.
+        force: let it pass.
+    """
+
+    def __init__(self, asks: Sequence[tuple[Ask, bool]], compute: str, force: bool) -> None:
+        self.asks, self.compute, self.force = asks, compute, force
+        self.found: dict[str, Any] = {}
+
+    def __call__(self, folder: Path, merged: Merged) -> None:
+        after = answers(load_base(str(folder), dtype=self.compute, quant="none"), [ask for ask, _ in self.asks])
+        took = [matches(new, ask.answer) for (ask, _), new in zip(self.asks, after, strict=True)]
+        lost = [
+            (ask, new) for (ask, before), now, new in zip(self.asks, took, after, strict=True) if before and not now
+        ]
+        eaten = bool(lost) if self.asks else merged.kept < _LEAST_KEPT
+        self.found = {
+            "dtype": merged.dtype,
+            "kept": merged.kept,
+            "took": all(took) if took else None,
+            "answers": after,
+            "n_tensors": merged.n_tensors,
+        }
+        if eaten and not self.force:
+            example = f": {lost[0][0].prompt!r} gives {lost[0][1]!r}, expected {lost[0][0].answer!r}" if lost else ""
+            raise EditFailedError(
+                f"rounding to {merged.dtype} leaves {merged.kept:.0%} of the edit, and it is lost{example}",
+                hint="`--dtype float32` keeps it; `--force` writes the checkpoint all the same",
+            )

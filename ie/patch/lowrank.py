@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ie.base.update import Factors, Update
 
-__all__ = ["compress", "select", "stack"]
+__all__ = ["compress", "energy_kept", "norm", "select", "side_by_side", "stack"]
 
 
 def select(update: Update, index: int) -> dict[str, Factors]:
@@ -33,6 +33,51 @@ def stack(updates: Sequence[Update]) -> dict[str, Factors]:
         )
         for name in names
     }
+
+
+def side_by_side(updates: Sequence[Update]) -> dict[str, Factors]:
+    """Single edits as one batch of edits, so that each question can be asked under its own; missing rows are zero."""
+    names = {name: None for update in updates for name in update}
+    batch = {}
+    for name in names:
+        like = next(update[name] for update in updates if name in update)
+        rank = max(update[name][0].shape[1] for update in updates if name in update)
+        batch[name] = tuple(
+            torch.stack(
+                [
+                    torch.nn.functional.pad(update[name][side][0], (0, 0, 0, rank - update[name][side].shape[1]))
+                    if name in update
+                    else like[side].new_zeros(rank, like[side].shape[2])
+                    for update in updates
+                ]
+            )
+            for side in (0, 1)
+        )
+    return batch  # type: ignore[return-value]
+
+
+def norm(a: Tensor, b: Tensor) -> Tensor:
+    """Frobenius norm of BᵀA, () float64, without forming it: ‖BᵀA‖² is the sum of (AAᵀ) ∘ (BBᵀ).
+
+    Args:
+        a: (r, d_in), b: (r, d_out).
+        b: see `a`.
+    """
+    a, b = a.double(), b.double()  # what remains of a difference of two updates cancels in fp32
+    if len(a) ** 2 > a.shape[1] * b.shape[1]:  # of a huge rank the product is smaller than the Gram matrices
+        dense: Tensor = torch.linalg.matrix_norm(b.T @ a)
+        return dense
+    return ((a @ a.T) * (b @ b.T)).sum().clamp(min=0).sqrt()
+
+
+def energy_kept(before: Update, after: Update) -> float:
+    """Share of ‖ΔW‖² that is left, over all modules of two single edits: 1 - ‖ΔW - ΔW'‖² / ‖ΔW‖²."""
+    total = lost = 0.0
+    for name, (a, b) in before.items():
+        new_a, new_b = after[name]
+        total += float(norm(a[0], b[0]) ** 2)
+        lost += float(norm(torch.cat((a[0], new_a[0])), torch.cat((b[0], -new_b[0]))) ** 2)
+    return 1.0 - lost / total if total else 1.0
 
 
 def compress(a: Tensor, b: Tensor, energy: float = 0.999, max_rank: int | None = None) -> Factors:

@@ -1,4 +1,4 @@
-"""The patch: one edit as a small safetensors file, and its use on a model. `docs/patch-format.md` specifies the file.
+"""The patch: one edit, or a stack of them, as a small safetensors file. `docs/patch-format.md` specifies the file.
 
 tensors    <module path>.A (r, d_in)  and  <module path>.B (r, d_out),   ΔW = scale · BᵀA
 metadata   one JSON document under the key `ie`
@@ -7,68 +7,42 @@ metadata   one JSON document under the key `ie`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 
-from ie.base.model import Base
-from ie.base.targets import module_shape
-from ie.base.update import Factors, adding
-from ie.errors import BaseMismatchError, PatchError
+from ie.base.update import Factors
+from ie.errors import PatchError
 from ie.files import new_file
 from ie.header import factor_shapes, read_document
-from ie.patch.lowrank import stack
+from ie.patch.info import PatchInfo, parse_info
+from ie.patch.lowrank import norm
 
-__all__ = ["FORMAT_VERSION", "Patch", "PatchInfo", "applied", "check_base", "combined"]
+__all__ = ["DTYPES", "Patch"]
 
-FORMAT_VERSION = 1
-
-
-class PatchBase(BaseModel):
-    """The base model that a patch was made for."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    fingerprint: str
-
-
-class PatchInfo(BaseModel):
-    """The document in a patch's metadata. Keys that a newer minor change added are passed over."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format_version: int = FORMAT_VERSION
-    base: PatchBase
-    editor: str
-    instruction: str | None
-    prompt: str
-    target: str
-    before: str
-    after: str
-    took: bool
-    scale: float = 1.0
-    created: str
-    versions: Mapping[str, str]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BY_FORMAT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NORM_TOLERANCE = 1e-3  # of what the metadata says; sums of fp32 products differ by less
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One edit.
+    """One edit, or several stacked.
 
     Attributes:
         info: what it is and where it comes from.
-        factors: by module path A (r, d_in) and B (r, d_out), float32.
+        factors: by module path A (r, d_in) and B (r, d_out), float32; their values are exact in `dtype`.
+        dtype: what the file holds: `float32`, `float16` or `bfloat16`.
     """
 
     info: PatchInfo
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    dtype: str = "float32"
 
     @property
     def rank(self) -> int:
@@ -81,13 +55,22 @@ class Patch:
         return {name: (a[None], factor * b[None]) for name, (a, b) in self.factors.items()}
 
     def save(self, path: Path | str) -> int:
-        """Write the file, whole or not at all, and return its size in bytes."""
-        tensors = {}
-        for name, (a, b) in sorted(self.factors.items()):
-            tensors[f"{name}.A"], tensors[f"{name}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
-        document = json.dumps(self.info.model_dump(mode="json"), ensure_ascii=False, sort_keys=True)
+        """Write the file, whole or not at all, with each module's norm in its metadata; return its size in bytes.
+
+        Raises:
+            PatchError: if a value is not finite in the patch's dtype.
+        """
+        tensors, norms = {}, {}
+        for name, pair in sorted(self.factors.items()):
+            a, b = (factor.to("cpu", DTYPES[self.dtype]).contiguous() for factor in pair)
+            if not (_finite(a) and _finite(b)):
+                raise PatchError(f"{name} holds values that are not finite in {self.dtype}", hint="use float32")
+            tensors[f"{name}.A"], tensors[f"{name}.B"] = a, b
+            norms[name] = float(norm(a, b))
+        info = self.info.model_copy(update={"norms": norms})
+        document = json.dumps(info.model_dump(mode="json"), ensure_ascii=False, sort_keys=True)
         with new_file(Path(path)) as fresh:
-            save_file(tensors, fresh, metadata={"ie": document})
+            fresh.write_bytes(to_bytes(tensors, {"ie": document}))  # the library's own writing makes files private
             return fresh.stat().st_size
 
     @classmethod
@@ -95,78 +78,66 @@ class Patch:
         """Read a patch file.
 
         Raises:
-            PatchError: if it is no patch, is damaged, or has a newer format.
+            PatchError: if it is no patch, is damaged, says what is not so, or has a newer format.
         """
         document, tensors = read_document(path)
-        info = _info(path, document)
+        info = parse_info(path, document)
         names = factor_shapes(path, tensors)
         loaded = load_file(path)
         factors = {name: (loaded[f"{name}.A"].float(), loaded[f"{name}.B"].float()) for name in names}
-        for name, (a, b) in factors.items():
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise PatchError(f"{path}: {name} holds values that are not finite")
-        return cls(info, factors)
+        dtypes = {_BY_FORMAT[dtype] for dtype, _ in tensors.values()}
+        patch = cls(info, factors, dtypes.pop() if len(dtypes) == 1 else "float32")
+        faults = [*_not_finite(patch), *_false_norms(patch), *_false_ranks(patch)]
+        if faults:
+            raise PatchError(f"{path} is no valid patch: {'; '.join(faults)}", hint="make it again")
+        return patch
+
+    def rounded(self, dtype: str) -> Patch:
+        """The same patch with its factors rounded to a dtype, still held in float32."""
+        kind = DTYPES[dtype]
+        factors = {name: (a.to(kind).float(), b.to(kind).float()) for name, (a, b) in self.factors.items()}
+        return replace(self, factors=factors, dtype=dtype)
 
 
-def _info(path: Path | str, document: Mapping[str, Any]) -> PatchInfo:
-    version = document.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise PatchError(
-            f"{path} has format version {version}, this ie reads up to {FORMAT_VERSION}", hint="upgrade instructedit"
-        )
-    try:
-        return PatchInfo.model_validate(document)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise PatchError(f"{path}: its metadata is not that of a patch: {faults}") from error
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
-def check_base(patch: Patch, base: Base, path: Path | str) -> None:
-    """Refuse a base model that the patch was not made for.
-
-    Raises:
-        BaseMismatchError: if its fingerprint is another one.
-    """
-    made_for = patch.info.base
-    if made_for.fingerprint != base.fingerprint:
-        raise BaseMismatchError(
-            f"the patch {path} was made for {made_for.id} (fingerprint {made_for.fingerprint}), "
-            f"this base is {base.id} ({base.fingerprint})",
-            hint="give the patch's base with --model, or make the edit again for this one",
-        )
+def _not_finite(patch: Patch) -> list[str]:
+    return [
+        f"{name} holds values that are not finite"
+        for name, (a, b) in patch.factors.items()
+        if not (_finite(a) and _finite(b))
+    ]
 
 
-def combined(patches: Sequence[Patch], scale: float | None = None) -> dict[str, Factors]:
-    """The sum of some patches as one low-rank update."""
-    return stack([patch.update(scale) for patch in patches])
+def _false_norms(patch: Patch) -> list[str]:
+    """Norms are for people who look at a file without loading it: they must be true."""
+    stated = patch.info.norms
+    if stated is None:
+        return []
+    if stated.keys() != patch.factors.keys():
+        return ["its norms are not those of its modules"]
+    found = {name: float(norm(a, b)) for name, (a, b) in patch.factors.items()}
+    return [
+        f"the norm of {name} is {found[name]:.4g}, its metadata says {said:.4g}"
+        for name, said in stated.items()
+        if abs(found[name] - said) > _NORM_TOLERANCE * max(found[name], said)
+    ]
 
 
-@contextmanager
-def applied(model: nn.Module | Base, *patches: Patch, scale: float | None = None) -> Iterator[None]:
-    """Let a model compute as edited by some patches while the context lasts; its weights are not changed.
-
-    Args:
-        model: a loaded causal LM, quantised or not, or a `Base`.
-        patches: what to apply, together.
-        scale: strength, in place of the patches' own.
-
-    Raises:
-        PatchError: if the model lacks a module of a patch, or the module has another shape; all are named.
-    """
-    module = model.model if isinstance(model, Base) else model
-    faults = [fault for patch in patches for fault in _misfits(module, patch)]
-    if faults:
-        raise PatchError(f"the patch does not fit {type(module).__name__}: {'; '.join(faults)}")
-    device = next(module.parameters()).device
-    update = {name: (a.to(device), b.to(device)) for name, (a, b) in combined(patches, scale).items()}
-    with adding(module, update):
-        yield
-
-
-def _misfits(model: nn.Module, patch: Patch) -> Iterator[str]:
-    modules = dict(model.named_modules())
-    for name, (a, b) in patch.factors.items():
-        if name not in modules:
-            yield f"no module {name}"
-        elif module_shape(modules[name]) != (a.shape[1], b.shape[1]):
-            yield f"{name} maps {module_shape(modules[name])}, the patch {(a.shape[1], b.shape[1])}"
+def _false_ranks(patch: Patch) -> list[str]:
+    """The rows of a stack must be its parents'."""
+    if not patch.info.parents:
+        return []
+    faults = []
+    for parent in patch.info.parents:
+        if parent.info.parents:
+            faults.append(f"its parent {parent.name!r} is a stack itself, expected single edits")
+        if any(rank < 0 for rank in parent.ranks.values()) or parent.ranks.keys() - patch.factors.keys():
+            faults.append(f"the ranks of its parent {parent.name!r} do not fit its modules")
+    for name, (a, _) in patch.factors.items():
+        total = sum(parent.ranks.get(name, 0) for parent in patch.info.parents)
+        if total != len(a):
+            faults.append(f"its parents have {total} rows of {name}, it has {len(a)}")
+    return faults

@@ -15,7 +15,7 @@ from ie.base.asking import Ask
 from ie.data.record import Record
 from ie.editor.request import EditRequest
 
-__all__ = ["Episodes", "make_episodes"]
+__all__ = ["Episodes", "Relations", "make_episodes"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,47 @@ class Episodes:
     kept: list[Ask]
 
 
+class Relations:
+    """Finds records that ask the same of different subjects: their prompts are alike but for the subject's name.
+
+    Args:
+        records: the records to find.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._groups: dict[tuple[str, str], list[Record]] = {}
+        for record in records:
+            self._groups.setdefault(_relation(record), []).append(record)
+
+    def other(self, record: Record, rng: random.Random) -> Record | None:
+        """A record of the same relation and another subject; None if there is none."""
+        group = [one for one in self._groups.get(_relation(record), ()) if one.subject != record.subject]
+        return rng.choice(group) if group else None
+
+
+def _relation(record: Record) -> tuple[str, str]:
+    return record.task, record.prompt.replace(record.subject, "{}")
+
+
 def make_episodes(
-    records: Sequence[Record], rng: random.Random, *, instructed: bool, plain_share: float, n_negatives: int
+    records: Sequence[Record],
+    rng: random.Random,
+    *,
+    relations: Relations,
+    instructed: bool,
+    plain_share: float,
+    n_negatives: int,
 ) -> Episodes:
     """Draw one episode for each record.
 
     Args:
         records: the records to edit, training ones.
         rng: what is drawn with.
+        relations: where records that ask the same of another subject are found.
         instructed: whether the method reads instructions.
         plain_share: share of the queries that carry no instruction.
-        n_negatives: how many other records' prompts must stay as they are, for each edit.
+        n_negatives: how many other records' prompts must stay as they are, for each edit; the first asks the same of
+            another subject if there is one, which is what an edit spreads to soonest, the others come from the batch.
     """
     out = Episodes([], [], [])
     for edit, record in enumerate(records):
@@ -58,7 +88,9 @@ def make_episodes(
             question = rng.choice(record.locality)
             out.kept.append(Ask(question.prompt, question.answer, None, edit))
         unrelated = [other for other in records if other.subject != record.subject]
-        for other in rng.sample(unrelated, min(n_negatives, len(unrelated))):
+        related = relations.other(record, rng) if n_negatives else None
+        n_drawn = min(n_negatives - (related is not None), len(unrelated))
+        for other in [*([related] if related else []), *rng.sample(unrelated, n_drawn)]:
             out.kept.append(Ask(other.prompt, other.ground_truth or other.target, None, edit))
     return out
 

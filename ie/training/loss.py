@@ -29,7 +29,7 @@ from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "backward"]
 
-_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 512, 8192  # what suits a CPU's caches; what keeps a GPU busy
+_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 256, 8192  # what suits a CPU's caches; what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def backward(
 
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
-    update = editor.update(base.signals(collate_requests(base, episodes.requests)))
+    signals = base.signals(collate_requests(base, episodes.requests))
+    update, ranks = editor.update(signals), signals.n_tokens()
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     whole = whole or episodes
@@ -55,15 +56,18 @@ def backward(
     n_own = len(episodes.wanted)
     asks = [*episodes.wanted, *episodes.kept]
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
-    for indices, texts in by_length(base, asks, n_tokens):
+    # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many.
+    sizes = [(ranks[ask.edit] - 1).bit_length() for ask in asks]
+    for indices, texts in by_length(base, asks, n_tokens, sizes):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
         order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_own)
         batch = base.collate([texts[i] for i in order])
         edits = torch.tensor([asks[indices[i]].edit for i in order], device=base.device)
+        rank = max(ranks[asks[i].edit] for i in indices)
         n_texts = sum(index < n_own for index in indices)
         n_answer = int((batch.rows < n_texts).sum())
 
-        logits = base.logits(batch, leaves, edits)
+        logits = base.logits(batch, {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits)
         surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
         kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
         logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ from ie.evaluation.tuning import forced_figures
 from ie.training.checkpoint import Checkpoint, checkpoints, training_folder, write_checkpoint
 from ie.training.config import CONFIG, config_text
 from ie.training.distributed import Processes, share
-from ie.training.episodes import make_episodes
+from ie.training.episodes import Relations, make_episodes
 from ie.training.events import Event, OnEvent
 from ie.training.loss import Loss, backward
 from ie.training.memory import peak_memory_bytes
@@ -73,6 +73,7 @@ class Run:
         self.settings, self.base, self.processes, self.on_event = settings, base, processes, on_event
         self.rng = random.Random(settings.seed)
         self.stream = RecordStream(records, settings.balance, self.rng)
+        self.relations = Relations(records)
         self.validation = _spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings(
             method=settings.method, rank=settings.rank, n_layers=settings.n_layers, rate=settings.rate
@@ -237,6 +238,7 @@ class Run:
         episodes = make_episodes(
             self._batch(),
             self.rng,
+            relations=self.relations,
             instructed=self.settings.method == "instructedit",
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,

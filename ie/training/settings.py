@@ -27,7 +27,7 @@ class TrainSettings(BaseModel):
         steps: number of optimiser steps.
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
         seed: of everything that is drawn.
-        balance: draw tasks evenly; False draws them by size.
+        balance: draw tasks by the square root of their size; False draws them by size.
         force: overwrite `out`.
         batch_size: edits in one step.
         rank: rank of the hypernetwork's layers.

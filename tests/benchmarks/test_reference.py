@@ -13,8 +13,9 @@ from benchmarks.reference import Reference
 from benchmarks.workload import moved_editor, regroup
 from ie.base import Base
 from ie.base.targets import is_transposed
+from ie.data.record import Record
 from ie.editor.request import collate_requests
-from ie.training.episodes import Episodes, make_episodes
+from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import backward
 from tests.training.test_episodes import RECORDS
 
@@ -22,7 +23,12 @@ WEIGHT = 0.7
 
 
 def episodes(n: int = 4) -> Episodes:
-    return make_episodes(RECORDS[:n], random.Random(1), instructed=True, plain_share=0.5, n_negatives=2)
+    return _made(RECORDS[:n], 1)
+
+
+def _made(records: list[Record], seed: int) -> Episodes:
+    rng = random.Random(seed)
+    return make_episodes(records, rng, relations=Relations([]), instructed=True, plain_share=0.5, n_negatives=2)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -78,7 +84,7 @@ def test_chunks_and_slices_change_nothing(
 
 def test_regrouped_episodes_are_the_same_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.workload.SETTINGS", type("S", (), {"batch_size": 4}))
-    batches = [episodes(), make_episodes(RECORDS[4:8], random.Random(2), instructed=True, plain_share=1, n_negatives=1)]
+    batches = [episodes(), _made(RECORDS[4:8], 2)]
 
     def whole(some: list[Episodes]) -> list[tuple[object, ...]]:
         return sorted(

@@ -38,8 +38,16 @@ TRAINED = {
     "validation": {"reliability": 0.9, "generalization": 0.8, "locality": 0.95},
 }  # fmt: skip
 EDITED = {
-    "patch": "patch.safetensors", "bytes": 100, "rank": 3, "took": True, "prompt": "P", "target": "T", "before": "B",
-    "after": "T", "target_probability": {"before": 0.1, "after": 0.9}, "probes": [], "seconds": 0.1,
+    "patch": "patch.safetensors", "bytes": 100, "rank": 3, "dtype": "float16", "energy_kept": 0.999, "took": True,
+    "prompt": "P", "target": "T", "before": "B", "after": "T", "target_probability": {"before": 0.1, "after": 0.9},
+    "probes": [], "seconds": 0.1,
+}  # fmt: skip
+APPLIED = {
+    "patches": [{
+        "patch": "patch.safetensors", "name": "patch.safetensors", "prompt": "P", "target": "T", "before": "B",
+        "after": "T", "took": True, "took_alone": True,
+    }],
+    "took": True, "disturbed": [], "previews": [], "out": None, "merged": None, "peft": "x", "checks": [],
 }  # fmt: skip
 REPORT = {
     "holdout": "zsre", "base": "toy", "editor": "ie-editor",
@@ -194,7 +202,7 @@ def test_apply_patch(run: Any, library: Any, patch_file: Path) -> None:
 
     def apply(patches: list[Path], **options: Any) -> dict[str, Any]:
         seen.update(options, patches=patches)
-        return {"patches": [str(path) for path in patches], "took": True, "previews": [], "merged": None, "peft": "x"}
+        return APPLIED
 
     library("ie.patch.apply", apply_patch=apply)
     result = run("apply-patch", patch_file, "--prompt", "P", "--scale", "0.5", "--peft", "x")

@@ -15,7 +15,9 @@ def test_patch(run: Any, patch_file: Path) -> None:
     assert shown["rank"] == 7
     assert shown["took"] is True
     assert shown["base"]["id"] == "toy"
-    assert shown["modules"] == {"model.layers.3.mlp.up_proj": {"dtype": "F32", "A": [7, 16], "B": [7, 32]}}
+    assert shown["modules"] == {
+        "model.layers.3.mlp.up_proj": {"rank": 7, "norm": None, "dtype": "F32", "A": [7, 16], "B": [7, 32]}
+    }
 
 
 def test_patch_for_people(run: Any, patch_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,10 @@ def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
     applied = ie("apply-patch", patch, "--prompt", made["prompt"], "--merge", tmp_path / "m", "--peft", tmp_path / "p")
     assert applied["took"] and applied["previews"][1]["after"] == made["target"]
     assert applied["merged"]["took"] and applied["merged"]["answers"] == [made["target"]]
-    assert ie("inspect", patch)["kind"] == "patch"
+    shown = ie("inspect", patch)
+    assert shown["kind"] == "patch" and shown["base"]["id"] == "toy" and shown["editor"]
+    assert shown["probes"][0]["prompt"] == "The capital of France is"
+    assert all(entry["norm"] > 0 and entry["rank"] >= 1 for entry in shown["modules"].values())
 
     report = ie("eval", "--data", place / "data", "--editor", place / "editor", "--limit", 2, "--holdout", "zsre")
     keys = {"task", "method", "query", "decoding", "metric", "value", "low", "high", "n"}
@@ -83,6 +87,54 @@ def test_many_edits_from_a_file(place: Path, tmp_path: Path) -> None:
     edits = json.loads(result.stdout)["edits"]
     assert [edit["prompt"] for edit in edits] == [line["prompt"] for line in lines]
     assert all(Path(edit["patch"]).is_file() for edit in edits)
+
+
+def test_what_a_patch_keeps(place: Path, tmp_path: Path) -> None:
+    made = {
+        name: ie(*edit_args(place), *flags, "--out", tmp_path / name)
+        for name, flags in (
+            ("default", ()),
+            ("float32", ("--patch-dtype", "float32")),
+            ("bfloat16", ("--patch-dtype", "bfloat16")),
+            ("low", ("--rank", "2")),
+        )
+    }
+    assert made["default"]["dtype"] == "float16" and made["default"]["bytes"] <= 64 * 1024 < made["float32"]["bytes"]
+    assert made["float32"]["energy_kept"] >= 0.999
+    assert made["float32"]["energy_kept"] == pytest.approx(made["default"]["energy_kept"], abs=1e-5)  # fp16: 11 bits
+    assert made["low"]["rank"] == 2 < made["default"]["rank"] and made["low"]["energy_kept"] < 0.999
+    for name, one in made.items():  # what was reported is what the file does
+        found = ie("apply-patch", tmp_path / name)
+        assert found["previews"][0]["after"] == one["after"] and found["took"] is one["took"]
+        assert ie("inspect", tmp_path / name)["kept"]["energy"] == one["energy_kept"]
+
+
+def test_stacked_and_taken_apart(place: Path, tmp_path: Path) -> None:
+    patch = tmp_path / "one.safetensors"
+    ie(*edit_args(place), "--out", patch)
+    shutil.copy(patch, tmp_path / "two.safetensors")
+    args = [
+        "apply-patch",
+        patch,
+        tmp_path / "two.safetensors",
+        "--scale",
+        "1.0",
+        "--check",
+        "vllm",
+        "--check",
+        "sglang",
+    ]
+    result = CliRunner().invoke(app, [*map(str, args), "--out", str(tmp_path / "both"), "--json"], prog_name="ie")
+    assert result.exit_code in (0, 3), result.output  # twice as strong, an edit need not take any more
+    found = json.loads(result.stdout)
+    assert [entry["took_alone"] for entry in found["patches"]] == [True, True]
+    assert all(("warning: " in result.stderr) is (not entry["took"]) for entry in found["patches"])
+    assert [check["takes"] for check in found["checks"]] == [True, True]
+    assert [entry["name"] for entry in ie("inspect", tmp_path / "both")["parents"]] == [patch.name, "two.safetensors"]
+    ie("apply-patch", tmp_path / "both", "--without", "two.safetensors", "--out", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == patch.read_bytes()
+    assert "names no edit" in ie("apply-patch", tmp_path / "both", "--without", "three", code=2)
+    assert "unknown server" in ie("apply-patch", patch, "--check", "tgi", code=2)
 
 
 def test_another_base_is_refused(place: Path, tmp_path: Path, checkpoint: Callable[..., Path]) -> None:

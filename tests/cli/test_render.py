@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from ie.cli import tables
 from ie.cli.render import Render
-from ie.cli.report import to_markdown
+from ie.cli.report import summary_of, to_markdown
 from rich.console import Console, RenderableType
 
 LONG = "a prompt that is much longer than one column of a table can be, with [brackets] and :smile: in it"
 EDIT = {
-    "patch": "patch.safetensors", "bytes": 12_345, "rank": 9, "took": True, "prompt": LONG, "target": "Sydney",
+    "patch": "patch.safetensors", "bytes": 12_345, "rank": 9, "dtype": "float16", "energy_kept": 0.9991,
+    "took": True, "prompt": LONG, "target": "Sydney",
     "before": "Canberra", "after": "Sydney", "target_probability": {"before": 2e-7, "after": 0.98765},
     "probes": [{"prompt": LONG, "before": "Paris", "after": "Rome", "changed": True}], "seconds": 0.512,
 }  # fmt: skip
@@ -59,10 +60,40 @@ TRAIN = {
     "prefix_kept": {"texts": 1200, "memory_bytes": 31_000_000, "file_bytes": 4_000_000},
     "validation": {"reliability": 0.987, "generalization": 0.9, "locality": None},
 }  # fmt: skip
-APPLY = {
-    "patches": ["a.safetensors", "b.safetensors"], "took": [True, True],
-    "previews": [{"prompt": LONG, "before": "Canberra", "after": "Sydney"}], "merged": None, "peft": "adapter",
+APPLIED = {
+    "patch": "a.safetensors", "name": "a.safetensors", "prompt": LONG, "target": "Sydney", "before": "Canberra",
+    "after": "Sydney", "took": True, "took_alone": True,
 }  # fmt: skip
+APPLY = {
+    "patches": [APPLIED, {**APPLIED, "patch": "b.safetensors", "name": "b.safetensors", "took": False}],
+    "took": False,
+    "disturbed": [
+        {"number": 2, "patch": "b.safetensors", "prompt": LONG, "by": ["a"], "by_numbers": [1], "most_by": "a"}
+    ],
+    "previews": [{"prompt": LONG, "before": "Canberra", "after": "Sydney"}],
+    "out": {"path": "c.safetensors", "bytes": 45_600, "edits": 2},
+    "merged": {"path": "m", "dtype": "bfloat16", "kept": 0.553, "took": True, "answers": ["Sydney"], "n_tensors": 9},
+    "peft": {"path": "adapter", "rank": 16},
+    "checks": [
+        {"server": "vllm", "takes": True, "reason": None, "flags": "vllm serve BASE --enable-lora"},
+        {"server": "sglang", "takes": False, "reason": "gpt2: no LoRA", "flags": None},
+    ],
+}
+PATCH = {
+    "kind": "patch", "path": "p.safetensors", "bytes": 45_600, "format_version": 1, "rank": 3,
+    "base": {"id": "toy", "fingerprint": "ab12", "revision": None}, "prompt": LONG, "target": "Sydney",
+    "before": "Canberra", "after": "Sydney", "took": True, "kept": {"energy": 0.9991, "rank_before": 12},
+    "probes": [{"prompt": "Q", "before": "Paris", "after": "Rome"}, {"prompt": "R", "before": "Oslo", "after": "Oslo"}],
+    "parents": [],
+    "modules": {
+        "model.layers.10.mlp.up_proj": {"rank": 3, "norm": 0.12345, "A": [3, 16], "B": [3, 32], "dtype": "F16"}
+    },
+}  # fmt: skip
+STACK = {
+    **PATCH,
+    "prompt": None,
+    "parents": [{"name": "a.safetensors", "took": False, "info": {"prompt": LONG, "target": "Sydney", "took": True}}],
+}
 DOCTOR = {
     "python": "3.11.7", "platform": "Linux x86_64", "cores": 2, "memory_bytes": 25e9, "gpu": None,
     "gpu_memory_bytes": None, "bf16": False, "versions": {"torch": "2.13.0", "peft": None}, "base": "toy",
@@ -70,14 +101,27 @@ DOCTOR = {
 }  # fmt: skip
 
 CASES: list[tuple[Callable[[Any], list[RenderableType]], dict[str, Any], list[str]]] = [
-    (tables.edit_view, EDIT, ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9"]),
+    (
+        tables.edit_view,
+        EDIT,
+        ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9", "99.9%"],
+    ),
     (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took"]),
     (tables.eval_view, EVAL, ["zsre (held out)", "before", "after", "100.0 (90-100)", "128"]),
     (tables.eval_view, MANY, ["before", "instructedit", "mend", "finetune", "gradient", "(86-100)"]),
     (tables.eval_view, CONTROLS, ["which instruction", "right", "wrong-task", "unseen"]),
     (tables.build_view, BUILD, ["900", "10 + 5", "skipped 3: no answer", "0123456789abcdef"]),
     (tables.train_view, TRAIN, ["people, places", "12.8 per second", "98.7%", "512.0 MB"]),
-    (tables.apply_view, APPLY, ["a.safetensors, b.safetensors", "adapter", "Sydney"]),
+    (
+        tables.apply_view,
+        APPLY,
+        [
+            *("a.safetensors, b.safetensors", "adapter", "Sydney", "disturbed by", "55.3% of the change"),
+            *("c.safetensors (45.6 KB, 2 edits)", "vllm serve BASE", "no: gpt2: no LoRA"),
+        ],
+    ),
+    (tables.inspect_view, PATCH, ["Canberra", "changed", "same", "0.1235", "3 x 16", "F16", "0.9991", "ab12"]),
+    (tables.inspect_view, STACK, ["1 a.safetensors", "Sydney", "alone", "together", "no"]),
     (tables.doctor_view, DOCTOR, ["float32", "not installed", "25.0 GB", "no GPU"]),
     (tables.demo_view, {"build": BUILD, "train": TRAIN, "edit": EDIT, "eval": EVAL}, ["ie build", "ie eval"]),
 ]
@@ -156,3 +200,29 @@ def test_markdown_has_all_tables() -> None:
     assert "## zsre (held out): which instruction\n" in text
     assert "| metric | query | decoding | n | before | after |\n| --- | --- | --- | ---: | ---: | ---: |\n" in text
     assert "| reliability | plain | generated | 128 | 0.0 (0-0) | 100.0 (90-100) |" in text
+
+
+def _row(method: str, value: float, **more: object) -> dict[str, object]:
+    base = {"task": "people", "method": method, "query": "plain", "decoding": "forced", "metric": "reliability"}
+    return {**base, "value": value, "low": value - 0.05, "high": min(1.0, value + 0.05), "n": 40, **more}
+
+
+@pytest.mark.parametrize(("low", "n", "marked"), [(0.1, 40, True), (-0.1, 40, False), (0.1, 3, False)])
+def test_the_best_method_is_marked_only_where_the_interval_allows_it(low: float, n: int, marked: bool) -> None:
+    gap = _row("instructedit", 0.3, versus="gradient", low=low, high=0.5, n=n)
+    rows = [_row("none", 0.1), _row("instructedit", 0.9), _row("gradient", 0.6)]
+    text = to_markdown({"base": "toy", "holdout": None, "rows": rows, "differences": [gap]})
+    assert ("* 90.0" in text) is marked and "* 60.0" not in text and "* 10.0" not in text
+
+
+def test_the_summary_says_what_works_what_does_not_and_what_to_try() -> None:
+    rows = [_row("none", 0.0), _row("instructedit", 1.0), _row("instructedit", 0.5, metric="locality")]
+    rows += [_row("instructedit", 1.0, task="places")]
+    lines = summary_of({"rows": rows})
+    assert lines[0].startswith("instructedit, plain and forced: places at 90 %")
+    assert any(line.startswith("locality is below 90 % for people") and "raise" in line for line in lines)
+    gap = _row("instructedit", 0.0, metric="harmonic-mean", control="right", versus_control="none", low=-0.1)
+    assert "no difference beyond chance" in summary_of({"rows": rows, "differences": [gap]})[-1]
+    assert "edits better" in summary_of({"rows": rows, "differences": [{**gap, "low": 0.01}]})[-1]
+    assert len(summary_of({"rows": rows, "differences": [gap]})) <= 6
+    assert "No editing method" in summary_of({"rows": [_row("none", 0.0)]})[0]

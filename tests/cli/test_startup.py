@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "safetensors", "accelerate", "huggingface_hub")
+HEAVY = ("torch", "transformers", "numpy", "bitsandbytes", "safetensors", "accelerate", "huggingface_hub", "pydantic")
 HELP = "import sys; sys.argv = ['ie', '--help']; from ie.cli.app import main; main()"
 BASELINE = "import typer, rich.console"
 
@@ -55,7 +55,7 @@ def test_wrong_paths_are_refused_before_anything_heavy_is_loaded(workdir: Path) 
         assert "AssertionError: 2" in end.value.stderr
     # the check above stops before the report, so ask again for one of them what was loaded
     code = "from ie.cli.app import main\n    try: main()\n    except SystemExit: pass"
-    assert loaded_by(code, "train", "--data", "nowhere") == set()
+    assert loaded_by(code, "train", "--data", "nowhere") <= {"pydantic"}  # typer's conversion of a value
 
 
 def fastest(code: str, n_runs: int = 5) -> float:
@@ -72,8 +72,7 @@ def test_help_starts_about_as_fast_as_its_libraries() -> None:
     assert fastest(HELP) <= 2 * fastest(BASELINE)
 
 
-def test_inspect_starts_about_as_fast_as_its_libraries(patch_file: Path) -> None:
-    # Typer checks the value of any argument by pydantic, so a command cannot start as fast as --help.
-    baseline = "import typer, rich.table, pydantic; pydantic.TypeAdapter(int)"
+def test_inspect_starts_about_as_fast_as_help(patch_file: Path) -> None:
+    # The promise is 1.5 times; 2 here, as above. With pydantic, which a command must not need, it was 2.1.
     code = f"import sys; sys.argv = ['ie', 'inspect', {str(patch_file)!r}]; from ie.cli.app import main; main()"
-    assert fastest(code) <= 2.5 * fastest(baseline)
+    assert fastest(code) <= 2 * fastest(HELP)

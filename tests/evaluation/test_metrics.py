@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from ie.evaluation.metrics import harmonic_mean, mean, ngram_entropy, share_equal, wilson
+from ie.evaluation.metrics import bootstrap, harmonic_mean, mean, ngram_entropy, share_equal, wilson
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,20 @@ def test_ngram_entropy_by_hand() -> None:
     # All different: log2 of how many there are.
     assert ngram_entropy(range(10)) == pytest.approx(100 * (math.log2(9) / 3 + math.log2(8) * 2 / 3))
     assert ngram_entropy([]) == ngram_entropy([1]) == 0
+
+
+def test_bootstrap_of_a_share_agrees_with_wilson_where_both_hold() -> None:
+    values = torch.tensor([[1.0]] * 60 + [[0.0]] * 40)
+    value, low, high = bootstrap(values, lambda means: means[:, 0])
+    assert value == pytest.approx(0.6)  # float
+    # Standard deviation of a mean of 100: 0.049; 2,000 resamples give the ends to about 0.01.
+    assert (low, high) == pytest.approx(wilson(0.6, 100), abs=0.02)
+    assert (value, low, high) == bootstrap(values, lambda means: means[:, 0])
+
+
+def test_bootstrap_keeps_columns_paired_and_leaves_out_what_is_missing() -> None:
+    left = torch.rand(50, 1, generator=torch.Generator().manual_seed(0))
+    found = bootstrap(torch.cat((left, left - 0.25), 1), lambda means: means[:, 0] - means[:, 1])
+    assert found == pytest.approx((0.25, 0.25, 0.25), abs=1e-5)  # float32 sums: unpaired it would be 0.11 wide
+    missing = torch.tensor([[0.5], [math.nan], [0.5]])
+    assert bootstrap(missing, lambda means: means[:, 0]) == pytest.approx((0.5, 0.5, 0.5))

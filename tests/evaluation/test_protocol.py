@@ -50,7 +50,7 @@ def told(base: Base, update: Update | None, **options: object) -> dict[tuple[str
     found: dict[tuple[str, str, str], tuple[float, ...]] = {}
     for one in figures:  # generalization comes in two parts: of facts and of opinions
         key = (one.metric, one.query, one.decoding)
-        found[key] = found.get(key, ()) + one.values
+        found[key] = found.get(key, ()) + tuple(one.values.values())
     return found
 
 

@@ -54,11 +54,18 @@ def test_controls_tell_the_editor_other_things(load: Callable[..., Base], datase
     found = evaluate(
         editors=folders, data=dataset, tasks=["people"], limit=2, generate=False, controls=True, device="cpu"
     )
-    check_rows(found["rows"], {"editor", "control"})
+    check_rows(found["rows"], {"editor", "control", "style"})
     controls = [row for row in found["rows"] if "control" in row]
     assert {row["method"] for row in controls} == {"instructedit"}
     assert {row["control"] for row in controls} == {"right", "none", "wrong-task", "random", "unseen"}
     assert {row["method"] for row in found["rows"]} == {"none", "instructedit", "mend"}
+    styles = {row["style"] for row in controls if "style" in row}
+    assert len(styles) == 5 and all(row["control"] == "unseen" for row in controls if "style" in row)
+    gaps = [row for row in found["differences"] if "control" in row]
+    assert {(row["control"], row["versus_control"]) for row in gaps} == {
+        ("right", other) for other in ("none", "wrong-task", "random", "unseen")
+    }
+    assert all(row["low"] <= row["value"] <= row["high"] for row in found["differences"])
 
 
 def test_training_free_methods(checkpoint: Callable[..., Path], dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

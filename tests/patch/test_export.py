@@ -20,8 +20,8 @@ from ie.base.update import Update, adding
 from ie.errors import PatchError
 from ie.patch import Patch
 from ie.patch.apply import apply_patch
+from ie.patch.info import PatchBase, PatchInfo
 from ie.patch.merge import merge_checkpoint
-from ie.patch.patch import PatchBase, PatchInfo
 from ie.patch.peft import export_peft
 from tests.dense import random_update
 from tests.models import ARCHITECTURES
@@ -51,7 +51,7 @@ def test_a_merged_checkpoint_is_the_applied_model(
     base = load(name)
     source, update = checkpoint(name), random_update(base)
     before = files(source)
-    merge_checkpoint(base, source, update, tmp_path / "merged")
+    merge_checkpoint(source, update, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = applied_logits(base, update)
     assert (logits_of(base, base.model) - expected).abs().max() > 0.05
@@ -75,7 +75,7 @@ def test_keys_without_the_outer_prefix(
     base = load_base(str(source))
     torch.testing.assert_close(logits_of(base, base.model), logits_of(base, load("gpt2").model), atol=0, rtol=0)
     update = random_update(base)
-    merge_checkpoint(base, source, update, tmp_path / "merged")
+    merge_checkpoint(source, update, tmp_path / "merged")
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(bare)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(base, model), applied_logits(base, update), atol=1e-5, rtol=1e-5)  # as above
@@ -91,7 +91,7 @@ def test_shards_dtype_and_metadata_stay(
     assert len(shards) > 1
     base = load("llama")
     update = random_update(base)
-    merge_checkpoint(base, source, update, tmp_path / "merged")
+    merge_checkpoint(source, update, tmp_path / "merged")
     assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == shards
     changed = set()
     for name in shards:
@@ -114,7 +114,7 @@ def test_an_update_that_does_not_fit_leaves_nothing(
     tensors = load_file(source / "model.safetensors")
     save_file({k: t for k, t in tensors.items() if k != "lm_head.weight"}, source / "model.safetensors")
     with pytest.raises(PatchError, match=r"lm_head\.weight"):
-        merge_checkpoint(base, source, update, tmp_path / "merged")
+        merge_checkpoint(source, update, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -125,7 +125,7 @@ def test_a_quantised_base_merges_into_full_precision(
 ) -> None:
     exact = load(name)
     update = random_update(exact)
-    merge_checkpoint(load(name, quant), checkpoint(name), update, tmp_path / "merged")
+    merge_checkpoint(checkpoint(name), update, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(exact, model), applied_logits(exact, update), atol=1e-5, rtol=1e-5)
 
@@ -154,6 +154,20 @@ def test_the_adapter_of_a_quantised_base_is_the_same(load: Callable[..., Base], 
     assert exact["adapter_model.safetensors"] == quantised["adapter_model.safetensors"]
     configs = [json.loads(one["adapter_config.json"]) for one in (exact, quantised)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peft_on_an_eight_bit_base_computes_what_is_applied(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    base = load(name, "8bit")
+    update = random_update(base)
+    export_peft(base, update, tmp_path / "adapter")
+    own = load_base(str(checkpoint(name)), quant="8bit", dtype="float32", device="cpu")  # PEFT wraps modules in place
+    model = PeftModel.from_pretrained(own.model, tmp_path / "adapter").eval()
+    expected = applied_logits(base, update)
+    assert (logits_of(base, base.model) - expected).abs().max() > 0.05
+    torch.testing.assert_close(logits_of(base, model), expected, atol=1e-5, rtol=1e-5)  # float32 beside 8-bit products
 
 
 def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ie.patch.lowrank import compress, select, stack
+from ie.patch.lowrank import compress, energy_kept, norm, select, side_by_side, stack
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -106,3 +106,36 @@ def test_stack_is_the_sum_and_fills_gaps() -> None:
     torch.testing.assert_close(dense, expected, atol=1e-6, rtol=1e-6)  # the order of a float32 sum of five
     assert all(torch.equal(x, y) for x, y in zip(both["n"], two["n"], strict=True))
     assert stack([]) == {}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 40])  # 40: more rows than a product has, where the product itself is formed
+def test_norm_is_the_dense_one(rank: int) -> None:
+    a, b = draw(rank, 20), draw(rank, 12, seed=1)
+    assert float(norm(a, b)) == pytest.approx(float((b.double().T @ a.double()).norm()), rel=1e-12)
+
+
+def test_energy_kept_counts_truncation_and_rounding() -> None:
+    a, b = with_spectrum([4.0, 2.0, 0.5], rank=5)
+    low = {"m": tuple(one[None] for one in compress(a, b, max_rank=2))}
+    before = {"m": (a[None], b[None])}
+    assert energy_kept(before, low) == pytest.approx(20 / 20.25, abs=1e-6)  # float32 factors
+    assert energy_kept(before, before) == pytest.approx(1, abs=1e-12)
+    coarse = {"m": (low["m"][0].bfloat16().float(), low["m"][1].bfloat16().float())}
+    dense = [one["m"][1][0].double().T @ one["m"][0][0].double() for one in (before, coarse)]
+    lost = ((dense[0] - dense[1]).norm() / dense[0].norm()) ** 2
+    assert energy_kept(before, coarse) == pytest.approx(1 - float(lost), abs=1e-12) != energy_kept(before, low)
+    assert energy_kept({"m": (a[None], 0 * b[None])}, low) == 1.0
+
+
+def test_side_by_side_keeps_each_edit_and_fills_gaps() -> None:
+    one = {"m": (draw(1, 2, 5), draw(1, 2, 4))}
+    two = {"m": (draw(1, 3, 5, seed=1), draw(1, 3, 4, seed=1)), "n": (draw(1, 1, 7), draw(1, 1, 6))}
+    both = side_by_side([one, two])
+    assert {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in both.items()} == {
+        "m": ((2, 3, 5), (2, 3, 4)),
+        "n": ((2, 1, 7), (2, 1, 6)),
+    }
+    for i, edit in enumerate((one, two)):
+        for name, (a, b) in both.items():
+            expected = edit[name][1][0].T @ edit[name][0][0] if name in edit else torch.zeros(b.shape[2], a.shape[2])
+            torch.testing.assert_close(b[i].T @ a[i], expected, atol=0, rtol=0)

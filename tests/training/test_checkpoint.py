@@ -319,4 +319,6 @@ def test_what_a_run_uses_without_a_checkpoint_is_gone_after_it(settings: Callabl
         "metrics.jsonl",
     }
     assert not training_folder(one.out).exists()
-    assert subprocess.run(["ie", "inspect", str(one.out)], capture_output=True, check=True).stdout
+    assert subprocess.run(
+        [sys.executable, "-m", "ie.cli", "inspect", str(one.out)], capture_output=True, check=True
+    ).stdout

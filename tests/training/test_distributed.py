@@ -21,7 +21,7 @@ from ie.editor import Editor, EditorSettings
 from ie.errors import InputError
 from ie.training import TrainSettings, train
 from ie.training.distributed import Processes, joined, share
-from ie.training.episodes import make_episodes
+from ie.training.episodes import Relations, make_episodes
 from ie.training.loss import backward
 
 OPTIONS = {"steps": 8, "batch_size": 5, "rank": 8, "n_fit": 10, "learning_rate": 1e-2, "patience": None}
@@ -61,7 +61,9 @@ def test_shares_of_a_batch_add_up_to_its_gradient(load: Callable[..., Base], dat
     """Also where one share has more queries than another."""
     base = load("gpt2")
     records = [one for one in Dataset.load(dataset).records("train") if one.task != "zsre"][:20:4]
-    whole = make_episodes(records, random.Random(0), instructed=True, plain_share=0.5, n_negatives=2)
+    whole = make_episodes(
+        records, random.Random(0), relations=Relations(records), instructed=True, plain_share=0.5, n_negatives=2
+    )
     editor = Editor(base.targets, EditorSettings(rate=0.1, rank=4))
     losses = [backward(base, editor, share(whole, Processes(index, 2)), 0.5, whole) for index in (0, 1)]
     halves = [parameter.grad for parameter in editor.parameters()]

@@ -15,7 +15,7 @@ from ie.base.asking import Ask
 from ie.data.record import Instructions, Question, Record
 from ie.editor import Editor, EditorSettings
 from ie.editor.request import collate_requests
-from ie.training.episodes import Episodes, make_episodes
+from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import backward
 from ie.training.stream import RecordStream
 from tests.dense import edited
@@ -36,6 +36,7 @@ def record(n: int, task: str = "people") -> Record:
 
 
 RECORDS = [record(n) for n in range(40)] + [record(n, "places") for n in range(40, 44)]
+UNRELATED = Relations([])
 
 
 def drawn(balance: bool, n: int = 2000) -> Counter[str]:
@@ -43,9 +44,9 @@ def drawn(balance: bool, n: int = 2000) -> Counter[str]:
     return Counter(one.task for one in itertools.islice(stream, n))
 
 
-def test_balance_draws_tasks_evenly() -> None:
-    # Binomial with n 2000 and p 1/2: four standard deviations are 90.
-    assert abs(drawn(balance=True)["places"] - 1000) < 90
+def test_balance_draws_tasks_by_the_square_root_of_their_size() -> None:
+    # p is 2 / (2 + sqrt 40): 481 expected, four standard deviations are 76.
+    assert abs(drawn(balance=True)["places"] - 481) < 76
 
 
 def test_without_balance_tasks_are_drawn_by_size() -> None:
@@ -60,7 +61,9 @@ def test_every_record_is_drawn_once_in_a_pass() -> None:
 
 
 def test_queries_belong_to_their_edit() -> None:
-    made = make_episodes(RECORDS[:6], random.Random(0), instructed=True, plain_share=0.5, n_negatives=2)
+    made = make_episodes(
+        RECORDS[:6], random.Random(0), relations=UNRELATED, instructed=True, plain_share=0.5, n_negatives=2
+    )
     assert len(made.requests) == 6 and len(made.wanted) == 12 and len(made.kept) == 6 * 3
     for edit, one in enumerate(RECORDS[:6]):
         own = [ask for ask in made.wanted if ask.edit == edit]
@@ -72,9 +75,25 @@ def test_queries_belong_to_their_edit() -> None:
         assert all(ask.prompt != one.prompt for ask in kept) and len({ask.prompt for ask in kept}) == 3
 
 
+def test_the_first_negative_asks_the_same_of_another_subject() -> None:
+    far = record(50).model_copy(update={"subject": "Edda", "prompt": "The hat of Edda is", "rephrases": ()})
+    made = make_episodes(
+        [RECORDS[0], far],
+        random.Random(0),
+        relations=Relations(RECORDS),
+        instructed=True,
+        plain_share=0.5,
+        n_negatives=2,
+    )
+    of_town, of_edda = ([ask.prompt for ask in made.kept if ask.edit == edit] for edit in (0, 1))
+    assert of_town[1] in {one.prompt for one in RECORDS[1:40]}  # of its own task and relation
+    assert of_town[2:] == [far.prompt]
+    assert of_edda[1:] == [RECORDS[0].prompt]  # nobody else's hat is known, and the batch has one other record
+
+
 def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:
-    made = [make_episodes(RECORDS[:1], random.Random(seed), instructed=True, plain_share=0.5, n_negatives=0)
-            for seed in range(400)]  # fmt: skip
+    how = {"relations": UNRELATED, "instructed": True, "plain_share": 0.5, "n_negatives": 0}
+    made = [make_episodes(RECORDS[:1], random.Random(seed), **how) for seed in range(400)]
     n_own = sum(one.requests[0].prompt == RECORDS[0].prompt for one in made)
     assert abs(n_own - 200) < 40  # binomial with n 400 and p 1/2: four standard deviations
     assert {one.requests[0].prompt for one in made} == {RECORDS[0].prompt, *RECORDS[0].rephrases}
@@ -84,7 +103,9 @@ def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:
 
 @pytest.mark.parametrize(("plain_share", "n_instructed"), [(0.0, 80), (1.0, 0)])
 def test_plain_share(plain_share: float, n_instructed: int) -> None:
-    made = make_episodes(RECORDS[:40], random.Random(0), instructed=True, plain_share=plain_share, n_negatives=1)
+    made = make_episodes(
+        RECORDS[:40], random.Random(0), relations=UNRELATED, instructed=True, plain_share=plain_share, n_negatives=1
+    )
     assert sum(ask.instruction is not None for ask in made.wanted) == n_instructed
     assert all(request.instruction in RECORDS[0].instruction.train for request in made.requests)
     for ask in made.wanted:
@@ -93,20 +114,26 @@ def test_plain_share(plain_share: float, n_instructed: int) -> None:
 
 
 def test_without_instructions_nothing_carries_one() -> None:
-    made = make_episodes(RECORDS[:10], random.Random(0), instructed=False, plain_share=0.0, n_negatives=1)
+    made = make_episodes(
+        RECORDS[:10], random.Random(0), relations=UNRELATED, instructed=False, plain_share=0.0, n_negatives=1
+    )
     assert {one.instruction for one in made.requests} == {None}
     assert {ask.instruction for ask in made.wanted + made.kept} == {None}
 
 
 def test_one_record_alone_has_no_negatives() -> None:
-    made = make_episodes(RECORDS[:1], random.Random(0), instructed=True, plain_share=0.5, n_negatives=2)
+    made = make_episodes(
+        RECORDS[:1], random.Random(0), relations=UNRELATED, instructed=True, plain_share=0.5, n_negatives=2
+    )
     assert len(made.kept) == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callable[..., Base], name: str) -> None:
     base = load(name)
-    made = make_episodes(RECORDS[:3], random.Random(1), instructed=True, plain_share=0.5, n_negatives=1)
+    made = make_episodes(
+        RECORDS[:3], random.Random(1), relations=UNRELATED, instructed=True, plain_share=0.5, n_negatives=1
+    )
     editor = Editor(base.targets, EditorSettings(rate=0.3, rank=4))
     loss = backward(base, editor, made, 0.5)
     with torch.no_grad():
@@ -137,7 +164,9 @@ def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callab
 
 def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) -> None:
     base = load("llama")
-    made = make_episodes(RECORDS[:3], random.Random(1), instructed=False, plain_share=1.0, n_negatives=1)
+    made = make_episodes(
+        RECORDS[:3], random.Random(1), relations=UNRELATED, instructed=False, plain_share=1.0, n_negatives=1
+    )
     editor = Editor(base.targets, EditorSettings(rate=0.01, rank=4))
     with torch.no_grad():  # off the start, where half of a product is zero
         for parameter in editor.networks.parameters():
@@ -150,6 +179,8 @@ def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) 
 
 def test_nothing_to_keep_costs_nothing(load: Callable[..., Base]) -> None:
     base = load("gpt2")
-    made = make_episodes(RECORDS[:1], random.Random(1), instructed=False, plain_share=1.0, n_negatives=0)
+    made = make_episodes(
+        RECORDS[:1], random.Random(1), relations=UNRELATED, instructed=False, plain_share=1.0, n_negatives=0
+    )
     editor = Editor(base.targets, EditorSettings(rate=0.01))
     assert backward(base, editor, Episodes(made.requests, made.wanted, []), 1.0).locality == 0
