@@ -52,7 +52,7 @@ def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="toy")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=int, default=2)
     sys.stdout.write(json.dumps(measure(parser.parse_args()), indent=1) + "\n")
