@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bases import gpt2_small, save
+from benchmarks.commands import ie
 from benchmarks.speed import MEASUREMENTS
 from benchmarks.startup import measure as startup
 from ie.base.plan import TOY_FOLDER
@@ -25,7 +25,7 @@ def measure(only: set[str], tokenizer: Path, data: Path | None, place: Path) -> 
     """The measurements asked for, by letter."""
     if data is None:
         data = place / "data"
-        subprocess.run(["ie", "build", "--out", str(data), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+        ie(place, "build", "--out", str(data))
     folder = save(gpt2_small(), tokenizer, place / "gpt2")
     found: dict[str, Any] = {}
     for letter, work in MEASUREMENTS.items():

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import ie
 from ie.training.metrics import METRICS
 
 _FIRST = 5  # steps that are not counted: kernels and prefixes are new
@@ -40,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     times: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        subprocess.run(["ie", "build", "--out", str(place / "data"), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+        ie(place, "build", "--out", "data")
         for _ in range(args.runs):
             for n_processes in times:
                 times[n_processes].append(seconds_a_step(place, n_processes, args))

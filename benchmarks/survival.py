@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from multiprocessing.synchronize import Event as Flag
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import ie
 from ie.training.checkpoint import checkpoints, newest_checkpoint, training_folder
 from ie.training.settings import TrainSettings
 
@@ -98,7 +98,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        subprocess.run(["ie", "build", "--out", str(place / "data"), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+        ie(place, "build", "--out", "data")
         found = survive(place, place / "data", n_kills=args.kills, steps=args.steps, span=args.span, seed=args.seed)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
     return 0 if found["bitwise_equal"] and not found["unreadable"] else 1

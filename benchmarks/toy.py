@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from benchmarks.commands import ie
 
 PROMISED = {
     **{
@@ -21,13 +22,6 @@ PROMISED = {
     },
     "zsre": {"reliability": 0.90, "generalization": 0.80, "locality": 0.92},
 }
-
-
-def ie(folder: Path, *args: str) -> dict[str, Any]:
-    """Run a command in `folder` and return its JSON object."""
-    done = subprocess.run(["ie", *args, "--json", "--quiet"], cwd=folder, check=True, stdout=subprocess.PIPE)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def measure(seed: int) -> dict[str, Any]:
