@@ -28,6 +28,7 @@ __all__ = [
     "gradient_method",
     "joint_update",
     "ultra_method",
+    "update_under",
 ]
 
 Method = Callable[[Base, Sequence[EditRequest]], Update]
@@ -38,11 +39,28 @@ _N_STEPS = 5
 def editor_method(editor: Editor) -> Method:
     """A trained editor; one of `mend` reads no instruction."""
 
-    @torch.no_grad()
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        return editor.update(_signals(base, editor, requests))
+        return update_under(base, editor, requests, None)
 
     return edit
+
+
+@torch.no_grad()
+def update_under(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None
+) -> dict[str, Factors]:
+    """What an editor makes of edits on the model as edited so far.
+
+    Args:
+        base: the base model.
+        editor: the editor.
+        requests: n independent edits.
+        so_far: the edits that the model is under already, a batch of one; None for the base itself.
+
+    Returns:
+        The n edits' own updates, without those so far.
+    """
+    return editor.update(_signals(base, editor, requests, so_far))
 
 
 def joint_update(
@@ -140,10 +158,10 @@ def _gradient(base: Base, signals: Signals) -> Update:
         return plain.update(signals)
 
 
-def _signals(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> Signals:
+def _signals(base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None) -> Signals:
     """What an editor is given: an editor of `mend` reads no instruction."""
     seen = requests if editor.settings.method == "instructedit" else _plain(requests)
-    return base.signals(collate_requests(base, seen))
+    return base.signals(collate_requests(base, seen), so_far)
 
 
 def _plain(requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -127,12 +127,12 @@ def _false_norms(patch: Patch) -> list[str]:
 
 
 def _false_ranks(patch: Patch) -> list[str]:
-    """The rows of a stack must be its parents'."""
-    if not patch.info.parents:
+    """The rows of a stack must be its parents'; those of a joint patch are nobody's."""
+    if not patch.info.parents or patch.info.is_joint:
         return []
     faults = []
     for parent in patch.info.parents:
-        if parent.info.parents:
+        if parent.info.parents and not parent.info.is_joint:
             faults.append(f"its parent {parent.name!r} is a stack itself, expected single edits")
         if any(rank < 0 for rank in parent.ranks.values()) or parent.ranks.keys() - patch.factors.keys():
             faults.append(f"the ranks of its parent {parent.name!r} do not fit its modules")
