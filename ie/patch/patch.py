@@ -128,7 +128,10 @@ def _false_norms(patch: Patch) -> list[str]:
 
 def _false_ranks(patch: Patch) -> list[str]:
     """The rows of a stack must be its parents'; those of a joint patch are nobody's."""
-    if not patch.info.parents or patch.info.is_joint:
+    if patch.info.is_joint:
+        inner = [parent.name for parent in patch.info.parents if parent.info.parents]
+        return [f"its parent {name!r} is a stack itself, expected single edits" for name in inner]
+    if not patch.info.parents:
         return []
     faults = []
     for parent in patch.info.parents:
