@@ -98,7 +98,7 @@ app.command(
 app.command(
     epilog=examples(
         'ie edit --instruction "Task: places" --prompt "The capital of Australia is" --target Sydney',
-        "ie edit --from edits.jsonl --out patches",
+        "ie edit --from edits.jsonl --joint --out many.safetensors",
     )
 )(edit)
 app.command(

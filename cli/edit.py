@@ -34,7 +34,7 @@ def edit(
             "--out",
             "-o",
             metavar="F",
-            help="Patch file; with --from a folder.",
+            help="Patch file; with --from alone a folder.",
             show_default=f"{DEFAULT_PATCH}, or {DEFAULT_FOLDER}/",
         ),
     ] = None,
@@ -43,6 +43,16 @@ def edit(
     ] = None,
     from_file: Annotated[
         Path | None, typer.Option("--from", metavar="F.jsonl", help="One edit a line: instruction, prompt, target.")
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="With --from: one patch for all edits, by least squares.")
+    ] = False,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="With --from: a stack, each edit on the model edited so far.")
+    ] = False,
+    regularisation: Annotated[
+        float | None,
+        typer.Option("--regularisation", metavar="X", help="Of --joint: more keeps more alone.", show_default="0.1"),
     ] = None,
     rank: Annotated[
         int | None,
@@ -72,7 +82,8 @@ def edit(
             raise InputError("--from cannot be used with --prompt or --target", hint="give one or the other")
         else:
             requests = read_requests(from_file, instruction, probes, needs_instruction=needs_instruction)
-        out = out or (DEFAULT_PATCH if from_file is None else DEFAULT_FOLDER)
+        together = _together(from_file, joint=joint, sequential=sequential, regularisation=regularisation)
+        out = out or (DEFAULT_PATCH if from_file is None or together else DEFAULT_FOLDER)
         check_new(out, force=force)
 
         from ie.editor.editing import EditSettings
@@ -84,12 +95,30 @@ def edit(
             {
                 "requests": requests, "many": from_file is not None, "editor": editor, "model": model, "out": out,
                 "rank": rank, "patch_dtype": patch_dtype, "quant": quant, "dtype": dtype, "device": device,
-                "force": force,
+                "force": force, "together": together,
+                **({} if regularisation is None else {"regularisation": regularisation}),
             }
         )  # fmt: skip
         result = make_edit(settings)
         render.result(result, *edit_view(result))
         _check_took(result)
+
+
+def _together(
+    from_file: Path | None, *, joint: bool, sequential: bool, regularisation: float | None
+) -> Literal["joint", "sequential"] | None:
+    """How edits of a file share one patch, if they do."""
+    if joint and sequential:
+        raise InputError("--joint cannot be used with --sequential", hint="give one or the other")
+    if (joint or sequential) and from_file is None:
+        raise InputError(
+            f"{'--joint' if joint else '--sequential'} needs --from", hint="`ie edit --help` shows an example"
+        )
+    if regularisation is not None and not joint:
+        raise InputError("--regularisation needs --joint")
+    if regularisation is not None and not 0 < regularisation < float("inf"):
+        raise InputError(f"--regularisation {regularisation}: expected a positive number")
+    return "joint" if joint else "sequential" if sequential else None
 
 
 def read_requests(

@@ -15,7 +15,7 @@ from .render import reporting
 
 __all__ = ["evaluate"]
 
-METHODS = ("none", "finetune", "gradient")
+METHODS = ("none", "finetune", "gradient", "ultra")
 
 
 def evaluate(
@@ -34,7 +34,10 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", metavar="M,N", help="none, finetune, gradient: beside the editors.", show_default="none"
+            "--methods",
+            metavar="M,N",
+            help="none, finetune, gradient, ultra: beside the editors.",
+            show_default="none",
         ),
     ] = None,
     model: BaseOf = None,

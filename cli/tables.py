@@ -153,7 +153,12 @@ def edit_view(result: Json) -> View:
         for entry in result["edits"]:
             _row(table, *(entry[key] for key in ("prompt", "target", "before", "after")), _mark(entry["took"]))
         n_took = sum(bool(entry["took"]) for entry in result["edits"])
-        return [table, _GAP, Text(f"{n_took} of {len(result['edits'])} edits took")]
+        lines = [f"{n_took} of {len(result['edits'])} edits took"]
+        if result.get("still_take") is not None:
+            lines.append(f"{_percent(result['still_take'])} of those that took at once still take after the others")
+        if "patch" in result:
+            lines.append(f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})")
+        return [table, _GAP, *map(Text, lines)]
     table = _table(None, "", "prompt", "before", "after")
     _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))
     for probe in result.get("probes", ()):
@@ -283,7 +288,8 @@ def _patch_view(result: Json) -> View:
         table = _table(None, "edit", "prompt", "wanted", "alone", "together")
         for number, entry in enumerate(parents, 1):
             info = entry["info"]
-            marks = (_mark(info.get("took")), _mark(entry.get("took")))
+            alone = info.get("took") if entry.get("ranks") else None  # in a joint patch no edit stands alone
+            marks = (_mark(alone), _mark(entry.get("took")))
             _row(table, f"{number} {entry.get('name')}", info.get("prompt"), info.get("target"), *marks)
         parts += [table, _GAP]
     elif result.get("prompt") is not None:

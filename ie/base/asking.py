@@ -35,7 +35,7 @@ class Ask:
         prompt: what is asked.
         answer: the answer whose tokens are forced, or waited for; "" where none is awaited.
         instruction: what stands before the prompt; None for a plain question.
-        edit: index of the edit that it is asked under.
+        edit: index of the edit that it is asked under; of no matter where there is a single edit.
     """
 
     prompt: str
@@ -150,4 +150,7 @@ def by_length(
 
 
 def _rows(asks: Sequence[Ask], indices: list[int], update: Update | None, base: Base) -> Tensor | None:
-    return None if update is None else torch.tensor([asks[i].edit for i in indices], device=base.device)
+    """The edit that each question is under; None without edits, or with one edit, which every question is under."""
+    if update is None or all(len(a) == 1 for a, _ in update.values()):
+        return None
+    return torch.tensor([asks[i].edit for i in indices], device=base.device)

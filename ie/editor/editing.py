@@ -10,21 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from ie.base.asking import Ask, answers, log_likelihoods, matches
 from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.update import Factors, Update
+from ie.editor.editor import Editor
 from ie.editor.files import EditorInfo, load_editor, load_info
-from ie.editor.methods import editor_method
+from ie.editor.methods import editor_method, joint_update, update_under
 from ie.editor.request import EditRequest
-from ie.patch.info import Kept, PatchBase, PatchInfo, Probed
-from ie.patch.lowrank import compress, energy_kept, select, side_by_side
+from ie.patch.info import Kept, Parent, PatchBase, PatchInfo, Probed
+from ie.patch.lowrank import compress, energy_kept, select, side_by_side, stack
 from ie.patch.patch import Patch
+from ie.patch.stacking import Part, split, stacked
 from ie.versions import now, versions
 
-__all__ = ["EditSettings", "RequestSettings", "edit", "make_patches"]
+__all__ = [
+    "EditSettings",
+    "RequestSettings",
+    "edit",
+    "make_joint_patch",
+    "make_patches",
+    "make_sequential_patch",
+]
 
 _BATCH_SIZE = 32
 _LEAST_ENERGY = 0.9995  # of a compressed update that rounding to fp16 must leave; else the patch stays fp32
@@ -47,6 +56,9 @@ class EditSettings(BaseModel):
     Attributes:
         requests: the edits.
         many: write a folder of patches and report a list, also for one edit.
+        together: one patch for all edits in place of a folder: `joint` by least squares over all of them, or
+            `sequential`, a stack of edits each of which is computed on the model as edited so far.
+        regularisation: of `joint`: λ as a share of the mean square norm of the edits' activations.
         editor: editor folder.
         model: the base model; None takes the one that the editor was trained for.
         out: patch file, or folder of patch files.
@@ -62,6 +74,8 @@ class EditSettings(BaseModel):
 
     requests: tuple[RequestSettings, ...]
     many: bool = False
+    together: Literal["joint", "sequential"] | None = None
+    regularisation: PositiveFloat = 0.1
     editor: Path = Path("ie-editor")
     model: str | None = None
     out: Path = Path("patch.safetensors")
@@ -86,6 +100,8 @@ def edit(settings: EditSettings) -> dict[str, Any]:
     info = load_info(settings.editor)
     base = load_base(settings.model or info.base.id, quant=settings.quant, dtype=settings.dtype, device=settings.device)
     editor, info = load_editor(settings.editor, base)
+    if settings.together is not None:
+        return _together(base, editor, info, settings)
     method = editor_method(editor)
     results = []
     for start in range(0, len(settings.requests), _BATCH_SIZE):
@@ -98,6 +114,110 @@ def edit(settings: EditSettings) -> dict[str, Any]:
             path = _path(settings, start + offset, one.prompt)
             results.append(_describe(base, patch, path, patch.save(path), seconds))
     return {"edits": results} if settings.many else results[0]
+
+
+def _together(base: Base, editor: Editor, info: EditorInfo, settings: EditSettings) -> dict[str, Any]:
+    """One patch for all edits, and what each does under it."""
+    began = time.monotonic()
+    names = [_name(i, one.prompt) for i, one in enumerate(settings.requests)]
+    told: list[dict[str, Any]]
+    if settings.together == "joint":
+        update = joint_update(base, editor, [_request(one) for one in settings.requests], settings.regularisation)
+        patch = make_joint_patch(
+            base, update, settings.requests, info, settings.rank, settings.patch_dtype, names=names
+        )
+        told = [{"kept": patch.info.kept} for _ in names]
+    else:
+        patch, told = make_sequential_patch(
+            base, editor, settings.requests, info, settings.rank, settings.patch_dtype, names=names
+        )
+    seconds = (time.monotonic() - began) / len(names)
+    n_bytes = patch.save(settings.out)
+    documents = [parent.info for parent in patch.info.parents] or [patch.info]  # a stack of one edit is a plain patch
+    edits = []
+    for document, end in zip(documents, told, strict=True):
+        at_end = replace(patch, info=document.model_copy(update=end))
+        edits.append(_describe(base, at_end, settings.out, n_bytes, seconds))
+    result = {"patch": str(settings.out), "bytes": n_bytes, "rank": patch.rank, "dtype": patch.dtype, "edits": edits}
+    if settings.together == "sequential":
+        for entry, document in zip(edits, documents, strict=True):
+            entry["took_at_once"] = document.took
+        at_once = [entry for entry in edits if entry["took_at_once"]]
+        result["still_take"] = sum(entry["took"] for entry in at_once) / len(at_once) if at_once else None
+    return result
+
+
+def make_joint_patch(
+    base: Base,
+    update: Update,
+    requests: Sequence[RequestSettings],
+    info: EditorInfo,
+    rank: int | None = None,
+    dtype: str = "auto",
+    *,
+    names: Sequence[str],
+) -> Patch:
+    """One patch for all edits, compressed; its parents say what each edit does under it.
+
+    Args:
+        base: the base model.
+        update: the joint update, a batch of one.
+        requests: the edits.
+        info: the editor that made the update.
+        rank: see `EditSettings`.
+        dtype: see `EditSettings`.
+        names: of the edits, for people.
+    """
+    patch = _compressed(_details(base, None, info), update, rank, dtype)
+    parents = tuple(
+        Parent(
+            name=name,
+            dtype=patch.dtype,
+            ranks={},
+            took=seen["took"],
+            info=_details(base, one, info).model_copy(update=seen),
+        )
+        for name, one, seen in zip(names, requests, _asked(base, requests, patch.update()), strict=True)
+    )
+    took = all(parent.took for parent in parents)
+    return replace(patch, info=patch.info.model_copy(update={"took": took, "parents": parents}))
+
+
+def make_sequential_patch(
+    base: Base,
+    editor: Editor,
+    requests: Sequence[RequestSettings],
+    info: EditorInfo,
+    rank: int | None = None,
+    dtype: str = "auto",
+    *,
+    names: Sequence[str],
+) -> tuple[Patch, list[dict[str, Any]]]:
+    """A stack of edits, each computed on the model as edited so far, compressed and rounded.
+
+    Args:
+        base: the base model.
+        editor: what makes the edits.
+        requests: the edits, in their order.
+        info: of the editor.
+        rank: of each edit; see `EditSettings`.
+        dtype: see `EditSettings`.
+        names: of the edits, for people.
+
+    Returns:
+        The stack, whose parents' own documents say what each edit did right when it was made, and for each edit what
+        it does under all of them.
+    """
+    so_far: dict[str, Factors] = {}
+    parts: list[Part] = []
+    for name, one in zip(names, requests, strict=True):
+        update = select(update_under(base, editor, [_request(one)], so_far or None), 0)
+        patch = _compressed(_details(base, one, info), update, rank, dtype)
+        so_far = stack([so_far, patch.update()])
+        at_once = patch.info.model_copy(update=_asked(base, [one], so_far)[0])
+        parts += split(replace(patch, info=at_once), Path(name))
+    told = _asked(base, requests, so_far)
+    return stacked(parts, base, [one["took"] for one in told]), told
 
 
 def make_patches(
@@ -120,36 +240,35 @@ def make_patches(
         rank: see `EditSettings`.
         dtype: see `EditSettings`.
     """
-    made = [_compressed(base, one, select(update, i), info, rank, dtype) for i, one in enumerate(requests)]
+    made = [_compressed(_details(base, one, info), select(update, i), rank, dtype) for i, one in enumerate(requests)]
+    seen = _asked(base, requests, side_by_side([one.update() for one in made]))
+    return [replace(patch, info=patch.info.model_copy(update=told)) for patch, told in zip(made, seen, strict=True)]
+
+
+def _asked(base: Base, requests: Sequence[RequestSettings], update: Update) -> list[dict[str, Any]]:
+    """What the model says to each request and its probes before and after, under the request's own edit or all."""
     asks = [
         Ask(prompt, answer, edit=i)
         for i, one in enumerate(requests)
         for prompt, answer in ((one.prompt, one.target), *((probe, "") for probe in one.probes))
     ]
-    before, after = iter(answers(base, asks)), iter(answers(base, asks, side_by_side([one.update() for one in made])))
-    patches = []
-    for one, patch in zip(requests, made, strict=True):
+    before, after = iter(answers(base, asks)), iter(answers(base, asks, update))
+    seen = []
+    for one in requests:
         old, new = next(before), next(after)
-        seen = {
-            "before": old,
-            "after": new,
-            "took": matches(new, one.target),
-            "probes": tuple(Probed(prompt=probe, before=next(before), after=next(after)) for probe in one.probes),
-        }
-        patches.append(replace(patch, info=patch.info.model_copy(update=seen)))
-    return patches
+        probes = tuple(Probed(prompt=probe, before=next(before), after=next(after)) for probe in one.probes)
+        seen.append({"before": old, "after": new, "took": matches(new, one.target), "probes": probes})
+    return seen
 
 
-def _compressed(
-    base: Base, one: RequestSettings, update: Mapping[str, Factors], info: EditorInfo, rank: int | None, dtype: str
-) -> Patch:
-    """A patch with its factors as the file will hold them; what it does to the model is not known yet."""
-    details = PatchInfo(
+def _details(base: Base, one: RequestSettings | None, info: EditorInfo) -> PatchInfo:
+    """The document of an edit, or of a patch for many, before it is known what the patch does to the model."""
+    return PatchInfo(
         base=PatchBase(id=base.id, fingerprint=base.fingerprint, revision=base.revision),
         editor=info.fingerprint,
-        instruction=one.instruction,
-        prompt=one.prompt,
-        target=one.target,
+        instruction=one.instruction if one else None,
+        prompt=one.prompt if one else None,
+        target=one.target if one else None,
         before=None,
         after=None,
         took=None,
@@ -157,6 +276,10 @@ def _compressed(
         created=now(),
         versions=versions(),
     )
+
+
+def _compressed(details: PatchInfo, update: Mapping[str, Factors], rank: int | None, dtype: str) -> Patch:
+    """A patch with its factors as the file will hold them."""
     exact = Patch(details, {name: compress(a[0], b[0], max_rank=rank) for name, (a, b) in update.items()})
     patch = exact.rounded("float16" if dtype == "auto" else dtype)
     if dtype == "auto" and not energy_kept(exact.update(), patch.update()) >= _LEAST_ENERGY:  # also where it is NaN
@@ -175,8 +298,12 @@ def _request(one: RequestSettings) -> EditRequest:
 def _path(settings: EditSettings, index: int, prompt: str) -> Path:
     if not settings.many:
         return settings.out
+    return settings.out / f"{_name(index, prompt)}.safetensors"
+
+
+def _name(index: int, prompt: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.casefold()).strip("-")[:40]
-    return settings.out / f"{index + 1:04d}-{slug}.safetensors"
+    return f"{index + 1:04d}-{slug}"
 
 
 def _describe(base: Base, patch: Patch, path: Path, n_bytes: int, seconds: float) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Editing methods behind one face: edit requests in, low-rank updates out.
 
-Beside trained editors stand two that need no training and show what training gives:
+Beside trained editors stand three that need no training and show what training gives:
 
     gradient   normalised signals, no network, one rate: MEND's editor before its first step
+    ultra      the same, then least squares in place of the sum over tokens (UltraEdit, arXiv 2505.14679)
     finetune   a few steps of gradient descent on the edit targets, each step of bounded size, as FT-L bounds its own
 """
 
@@ -16,9 +17,19 @@ from ie.base.capture import Signals
 from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.editor.editor import Editor, EditorSettings
+from ie.editor.least_squares import Joint, each_alone
 from ie.editor.request import EditRequest, collate_requests
 
-__all__ = ["Method", "editor_method", "finetune_method", "gradient_method"]
+__all__ = [
+    "Method",
+    "editor_method",
+    "finetune_method",
+    "fitted_editor",
+    "gradient_method",
+    "joint_update",
+    "ultra_method",
+    "update_under",
+]
 
 Method = Callable[[Base, Sequence[EditRequest]], Update]
 
@@ -27,18 +38,59 @@ _N_STEPS = 5
 
 def editor_method(editor: Editor) -> Method:
     """A trained editor; one of `mend` reads no instruction."""
-    reads = editor.settings.method == "instructedit"
 
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        seen = [r if reads else EditRequest(r.prompt, r.target) for r in requests]
-        with torch.no_grad():
-            return editor.update(base.signals(collate_requests(base, seen)))
+        return update_under(base, editor, requests, None)
 
     return edit
 
 
-def gradient_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Method:
-    """Normalised signals with one rate.
+@torch.no_grad()
+def update_under(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None
+) -> dict[str, Factors]:
+    """What an editor makes of edits on the model as edited so far.
+
+    Args:
+        base: the base model.
+        editor: the editor.
+        requests: n independent edits.
+        so_far: the edits that the model is under already, a batch of one; None for the base itself.
+
+    Returns:
+        The n edits' own updates, without those so far.
+    """
+    return editor.update(_signals(base, editor, requests, so_far))
+
+
+def joint_update(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float, batch_size: int = 32
+) -> dict[str, Factors]:
+    """One update for all edits, by least squares over all their tokens; see `ie.editor.least_squares`.
+
+    Args:
+        base: the base model.
+        editor: what makes each edit's own update.
+        requests: the edits, at least one.
+        regularisation: λ as a share of the keys' mean square norm.
+        batch_size: requests in one pass.
+
+    Returns:
+        By module path A (1, r, d_in) and B (1, r, d_out), float32, with r of min(n_tokens, d_in, d_out).
+
+    Raises:
+        EditorError: if it is not finite.
+    """
+    joint = Joint(regularisation)
+    with torch.no_grad():
+        for start in range(0, len(requests), batch_size):
+            signals = _signals(base, editor, requests[start : start + batch_size])
+            joint.add(signals, editor.update(signals))
+    return joint.solve()
+
+
+def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Editor:
+    """An editor without a network: normalised signals with one rate; it reads no instruction.
 
     Args:
         base: the base model.
@@ -48,9 +100,33 @@ def gradient_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, b
     """
     editor = Editor(base.targets, EditorSettings(method="mend", rate=rate, n_layers=0)).to(base.device)
     for start in range(0, len(fitted_on), batch_size):
-        editor.observe(base.signals(collate_requests(base, _plain(fitted_on[start : start + batch_size]))))
+        editor.observe(_signals(base, editor, fitted_on[start : start + batch_size]))
     editor.fit()
-    return editor_method(editor)
+    return editor
+
+
+def gradient_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Method:
+    """Normalised signals with one rate, summed over tokens; for the arguments see `fitted_editor`."""
+    return editor_method(fitted_editor(base, fitted_on, rate, batch_size))
+
+
+def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regularisation: float) -> Method:
+    """Normalised signals with one rate, then the least squares of each edit's tokens.
+
+    Args:
+        base: see `fitted_editor`.
+        fitted_on: see `fitted_editor`.
+        rate: see `fitted_editor`.
+        regularisation: λ as a share of the keys' mean square norm.
+    """
+    editor = fitted_editor(base, fitted_on, rate)
+
+    @torch.no_grad()
+    def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
+        signals = _signals(base, editor, requests)
+        return each_alone(signals, editor.update(signals), regularisation)
+
+    return edit
 
 
 def finetune_method(rate: float) -> Method:
@@ -80,6 +156,12 @@ def _gradient(base: Base, signals: Signals) -> Update:
     plain = Editor(base.targets, EditorSettings(method="mend", rate=1.0, n_layers=0)).to(base.device)
     with torch.no_grad():
         return plain.update(signals)
+
+
+def _signals(base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None) -> Signals:
+    """What an editor is given: an editor of `mend` reads no instruction."""
+    seen = requests if editor.settings.method == "instructedit" else _plain(requests)
+    return base.signals(collate_requests(base, seen), so_far)
 
 
 def _plain(requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.data.templates import load_templates
 from ie.editor.files import load_editor, load_info
-from ie.editor.methods import Method, editor_method, finetune_method, gradient_method
+from ie.editor.methods import Method, editor_method, finetune_method, gradient_method, ultra_method
 from ie.editor.request import EditRequest
 from ie.errors import InputError
 from ie.evaluation.comparison import Interval, differences, harmonic_means
@@ -26,7 +26,7 @@ from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import Z95, mean, wilson
 from ie.evaluation.protocol import Figures, measure
 from ie.evaluation.respondent import Respondent
-from ie.evaluation.tuning import best_rate
+from ie.evaluation.tuning import best_setting
 from ie.versions import now, versions
 
 __all__ = ["evaluate"]
@@ -34,10 +34,15 @@ __all__ = ["evaluate"]
 OnNote = Callable[[str], None]
 
 _BATCH_SIZE = 32  # edits whose updates are held at once
-_N_TUNING = 64  # validation records that a rate is chosen on
-_N_FIT = 256  # training records that the gradient method's normaliser is fitted on
-_GRADIENT_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-_FINETUNE_RATES = (0.03, 0.1, 0.3, 1.0)
+_N_TUNING = 64  # validation records that a training-free method's setting is chosen on
+_N_FIT = 256  # training records that normalisers are fitted on
+_SETTINGS: dict[str, list[dict[str, float]]] = {
+    "finetune": [{"rate": rate} for rate in (0.03, 0.1, 0.3, 1.0)],
+    "gradient": [{"rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3)],
+    "ultra": [
+        {"rate": rate, "regularisation": share} for rate, share in product((3e-4, 1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0))
+    ],
+}
 _RANDOM_SENTENCE = "The ferry leaves at noon unless the tide is late."
 
 
@@ -84,7 +89,7 @@ def evaluate(
         model: the base model; None takes the first editor's.
         tasks: tasks to report; None for all of the dataset.
         holdout: a task that no editor may have been trained on; None takes the first editor's.
-        methods: of `none`, `finetune`, `gradient`, beside the editors; `none` is always there.
+        methods: of `none`, `finetune`, `gradient`, `ultra`, beside the editors; `none` is always there.
         controls: measure the editors also under no, another task's and a random instruction.
         generate: greedy decoding too.
         limit: at most so many records of each task.
@@ -156,19 +161,21 @@ def _editors(base: Base, folders: Sequence[Path]) -> Iterator[Contestant]:
 def _training_free(
     before: Respondent, dataset: Dataset, methods: Sequence[str], tasks: Sequence[str] | None, on_note: OnNote
 ) -> Iterator[Contestant]:
-    """The methods that were asked for, each with the rate that does best on validation records."""
+    """The methods that were asked for, each with the setting that does best on validation records."""
     tuning = _limited(dataset.records("validation", tasks), _N_TUNING, seed=0)
     seen = [EditRequest.of(record, None) for record in _limited(dataset.records("train"), _N_FIT, seed=0)]
-    makers: dict[str, tuple[Callable[[float], Method], Sequence[float]]] = {
-        "finetune": (finetune_method, _FINETUNE_RATES),
-        "gradient": (partial(gradient_method, before.base, seen), _GRADIENT_RATES),
+    makers: dict[str, Callable[..., Method]] = {
+        "finetune": finetune_method,
+        "gradient": partial(gradient_method, before.base, seen),
+        "ultra": partial(ultra_method, before.base, seen),
     }
     for name in methods:
         if name in makers:
-            make, rates = makers[name]
-            rate = best_rate(before.base, make, rates, tuning, before)
-            on_note(f"{name}: rate {rate:g}, chosen on {len(tuning)} validation records")
-            yield Contestant(name, make(rate), {"rate": f"{rate:g}"})
+            setting = best_setting(before.base, makers[name], _SETTINGS[name], tuning, before)
+            shown = {key: f"{value:g}" for key, value in setting.items()}
+            said = ", ".join(f"{key} {value}" for key, value in shown.items())
+            on_note(f"{name}: {said}, chosen on {len(tuning)} validation records")
+            yield Contestant(name, makers[name](**setting), shown)
 
 
 def _limited(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:

@@ -1,8 +1,8 @@
-"""Choosing the rate of a training-free method, on validation records and never on test ones."""
+"""Choosing the settings of a training-free method, on validation records and never on test ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ie.base.model import Base
 from ie.data.record import Record
@@ -12,7 +12,7 @@ from ie.evaluation.metrics import harmonic_mean, mean
 from ie.evaluation.protocol import measure
 from ie.evaluation.respondent import Respondent
 
-__all__ = ["VALIDATED", "best_rate", "forced_figures"]
+__all__ = ["VALIDATED", "best_setting", "forced_figures"]
 
 VALIDATED = ("reliability", "generalization", "locality")
 
@@ -44,26 +44,26 @@ def forced_figures(
     return {name: mean(values[name]) for name in VALIDATED if name in values}
 
 
-def best_rate(
+def best_setting(
     base: Base,
-    make: Callable[[float], Method],
-    rates: Sequence[float],
+    make: Callable[..., Method],
+    settings: Sequence[Mapping[str, float]],
     records: Sequence[Record],
     before: Respondent | None = None,
-) -> float:
-    """The rate with the highest harmonic mean of the three figures on some validation records.
+) -> Mapping[str, float]:
+    """The setting with the highest harmonic mean of the three figures on some validation records.
 
     Args:
         base: the base model.
-        make: makes the method of a rate.
-        rates: the rates to choose from.
+        make: makes the method of a setting, handed over as keyword arguments.
+        settings: what to choose from, such as `{"rate": 0.1}`.
         records: validation records.
         before: see `measure`.
     """
     plain = [None] * len(records)
     before = before or Respondent(base)
 
-    def score(rate: float) -> float:
-        return harmonic_mean(list(forced_figures(base, make(rate), records, plain, before).values()))
+    def score(setting: Mapping[str, float]) -> float:
+        return harmonic_mean(list(forced_figures(base, make(**setting), records, plain, before).values()))
 
-    return max(rates, key=score)
+    return max(settings, key=score)

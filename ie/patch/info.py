@@ -71,7 +71,7 @@ class PatchInfo(_Part):
         versions: of `ie`, Python and packages.
         kept: what compression and rounding left.
         norms: Frobenius norm of BᵀA by module path, scale left out.
-        parents: the edits of a stack, in the order of their rows.
+        parents: the edits of a stack, in the order of their rows; or those of a joint patch, which have no rows.
     """
 
     format_version: int = Field(default=FORMAT_VERSION, ge=1)
@@ -92,15 +92,20 @@ class PatchInfo(_Part):
     norms: Mapping[str, float] | None = None
     parents: tuple[Parent, ...] = ()
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether the rows belong to all edits together: none can be taken out."""
+        return bool(self.parents) and not any(parent.ranks for parent in self.parents)
+
 
 class Parent(_Part):
-    """One edit of a stack.
+    """One edit of a stack, or of a joint patch.
 
     Attributes:
         name: the file that it came from, for people and for `--without`.
         dtype: of its factors in that file.
-        ranks: by module path, how many rows of the stack's factors are its own.
-        took: whether it takes under the stack.
+        ranks: by module path, how many rows of the stack's factors are its own; empty in a joint patch.
+        took: whether it takes under the whole patch.
         info: its own document. Its scale is multiplied into the stack's B already.
     """
 

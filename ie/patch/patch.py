@@ -127,12 +127,15 @@ def _false_norms(patch: Patch) -> list[str]:
 
 
 def _false_ranks(patch: Patch) -> list[str]:
-    """The rows of a stack must be its parents'."""
+    """The rows of a stack must be its parents'; those of a joint patch are nobody's."""
+    if patch.info.is_joint:
+        inner = [parent.name for parent in patch.info.parents if parent.info.parents]
+        return [f"its parent {name!r} is a stack itself, expected single edits" for name in inner]
     if not patch.info.parents:
         return []
     faults = []
     for parent in patch.info.parents:
-        if parent.info.parents:
+        if parent.info.parents and not parent.info.is_joint:
             faults.append(f"its parent {parent.name!r} is a stack itself, expected single edits")
         if any(rank < 0 for rank in parent.ranks.values()) or parent.ranks.keys() - patch.factors.keys():
             faults.append(f"the ranks of its parent {parent.name!r} do not fit its modules")

@@ -91,7 +91,7 @@ def on_base(patch: Patch, base: Base, name: str) -> Patch:
 
 
 def split(patch: Patch, path: Path, scale: float | None = None) -> list[Part]:
-    """The edits of a patch: itself, or those of a stack.
+    """The edits of a patch: itself, also where it is a joint one, or those of a stack.
 
     Args:
         patch: the patch.
@@ -99,7 +99,7 @@ def split(patch: Patch, path: Path, scale: float | None = None) -> list[Part]:
         scale: strength, in place of the patch's own.
     """
     factor = patch.info.scale if scale is None else scale
-    if not patch.info.parents:
+    if not patch.info.parents or patch.info.is_joint:
         info = patch.info.model_copy(update={"scale": factor})
         factors = {key: (a, factor * b) for key, (a, b) in patch.factors.items()}
         return [Part(path, path.name, info, factors, patch.dtype)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from ie.base import Base
 from ie.base.capture import Signals
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
-from ie.editor.methods import editor_method, finetune_method, gradient_method
+from ie.editor.methods import editor_method, finetune_method, gradient_method, update_under
 from ie.editor.request import collate_requests
-from tests.dense import dense_gradients, dequantised, edited
+from tests.dense import dense_gradients, dequantised, edited, random_update
 from tests.models import ARCHITECTURES
 
 INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
@@ -208,6 +209,21 @@ def test_one_network_for_each_shape(load: Callable[..., Base]) -> None:
     assert set(editor.networks) == {"64x96", "96x64"}
     assert editor.networks["64x96"].layers[0].scale.shape == (6, 128)  # type: ignore[index, union-attr]
     assert editor.networks["96x64"].layers[0].scale.shape == (3, 128)  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_an_edit_on_the_model_as_edited_so_far(load: Callable[..., Base], name: str) -> None:
+    """Minus the gradient of the edited model: its dense weights hold what came before."""
+    base = load(name)
+    so_far = random_update(base)
+    requests = [EditRequest(request.prompt, request.target) for request in REQUESTS[:2]]
+    update = update_under(base, plain(base), requests, so_far)
+    asks = [(one.prompt, one.target, None) for one in requests]
+    at_first = dense_gradients(base, asks)
+    for edit, gradients in enumerate(dense_gradients(replace(base, model=edited(base, so_far)), asks)):
+        for module, change in dense(update, edit).items():
+            torch.testing.assert_close(change, -gradients[module], atol=1e-5, rtol=1e-3)  # fp32 through the edit
+            assert (gradients[module] - at_first[edit][module]).abs().max() > 1e-3
 
 
 def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:

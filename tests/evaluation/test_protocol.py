@@ -18,7 +18,7 @@ from ie.editor.request import EditRequest
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.protocol import METRICS, Figures, is_opinion, measure, questions
 from ie.evaluation.respondent import Respondent
-from ie.evaluation.tuning import best_rate, forced_figures
+from ie.evaluation.tuning import best_setting, forced_figures
 from tests.dense import edited, random_update
 
 FACT = Record(
@@ -184,7 +184,7 @@ def test_opinion_gains_follow_the_unseen_replies(load: Callable[..., Base]) -> N
     assert told(base, None, generate=False, metrics=("generalization",))[("generalization", "plain", "forced")][-1] == 0
 
 
-def test_best_rate_is_the_one_with_the_best_harmonic_mean(load: Callable[..., Base]) -> None:
+def test_best_setting_is_the_one_with_the_best_harmonic_mean(load: Callable[..., Base]) -> None:
     base = load("llama")
     asked: list[float] = []
 
@@ -203,6 +203,6 @@ def test_best_rate_is_the_one_with_the_best_harmonic_mean(load: Callable[..., Ba
         return 0.0 if min(values) == 0 else len(values) / sum(1 / value for value in values)
 
     rates = (0.01, 0.3, 1.0, 2.0)
-    chosen = best_rate(base, make, rates, [FACT])
+    chosen = best_setting(base, make, [{"rate": rate} for rate in rates], [FACT])
     assert asked == list(rates)
-    assert score(chosen) == max(map(score, rates))
+    assert score(chosen["rate"]) == max(map(score, rates))

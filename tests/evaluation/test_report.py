@@ -76,13 +76,13 @@ def test_training_free_methods(checkpoint: Callable[..., Path], dataset: Path, m
         data=dataset,
         model=str(checkpoint("gpt2")),
         tasks=["people"],
-        methods=["finetune", "gradient"],
+        methods=["finetune", "gradient", "ultra"],
         limit=1,
         generate=False,
         device="cpu",
     )
-    check_rows(found["rows"], {"rate"})
-    assert {row["method"] for row in found["rows"]} == {"none", "finetune", "gradient"}
+    check_rows(found["rows"], {"rate", "regularisation"})
+    assert {row["method"] for row in found["rows"]} == {"none", "finetune", "gradient", "ultra"}
     assert found["holdout"] is None and found["editor"] == []
 
 

@@ -175,7 +175,8 @@ def parents(*ranks: Mapping[str, int], nested: bool = False) -> Callable[[Path],
     def change(parts: Parts) -> None:
         own = {key: value for key, value in parts.document.items()}
         if nested:
-            own = {**own, "parents": [{"name": "x", "dtype": "float32", "ranks": {}, "took": True, "info": dict(own)}]}
+            inner = {"name": "x", "dtype": "float32", "ranks": {MODULE: 2}, "took": True, "info": dict(own)}
+            own = {**own, "parents": [inner]}
         parts.document["parents"] = [
             {"name": f"p{i}", "dtype": "float32", "ranks": one, "took": True, "info": own}
             for i, one in enumerate(ranks)
@@ -288,6 +289,7 @@ KINDS: dict[str, Kind] = {
     ),
     "a parent of other modules": Kind(parents({MODULE: 2, "x": 1}), "the ranks of its parent 'p0'", seen=False),
     "a stack in a stack": Kind(parents({MODULE: 2}, nested=True), "is a stack itself", seen=False),
+    "a stack in a joint patch": Kind(parents({}, nested=True), "is a stack itself", seen=False),
     # the tensors
     "no tensors": Kind(spoilt(lambda parts: parts.tensors.clear()), "it holds no tensors"),
     "no B": Kind(spoilt(lambda parts: parts.tensors.pop(B)), f"{A!r} has no partner"),

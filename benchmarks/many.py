@@ -1,0 +1,179 @@
+"""Many edits at once: `python -m benchmarks.many --editor DIR --data DIR [--model M] [--methods joint,stack,ultra]`.
+
+At each size random test records of all tasks are edited together: in one joint patch of a trained editor, in the sum of
+its single patches, and in a joint update without training (`ultra`). Asked plainly, each record under all edits:
+reliability, generalization and locality, forced and generated. Each size of each method is a process of its own, so
+that its peak memory is its own; seconds an edit are those of making the update, the base being loaded. λ and ultra's
+rate are those with the highest harmonic mean at `--tuned-at` edits of validation records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ie.base.load import load_base
+from ie.base.model import Base
+from ie.base.update import Update
+from ie.data.dataset import Dataset
+from ie.data.record import Record
+from ie.editor.editor import Editor
+from ie.editor.files import load_editor, load_info
+from ie.editor.methods import editor_method, fitted_editor, joint_update
+from ie.editor.request import EditRequest
+from ie.evaluation.instructions import heldout_instructions
+from ie.evaluation.metrics import mean
+from ie.evaluation.protocol import is_opinion, measure
+from ie.evaluation.tuning import VALIDATED, best_setting
+from ie.patch.lowrank import compress, select, stack
+from ie.training.memory import peak_memory_bytes
+from ie.versions import versions
+
+__all__ = ["make", "measure_size"]
+
+_BATCH = 32
+_N_FIT = 256
+_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # λ
+_RATES = (1e-3, 1e-2, 1e-1)
+
+
+def draw(dataset: Dataset, split: str, n: int, seed: int = 0) -> list[Record]:
+    """Random records of facts, no two with the same prompt: what contradicts itself cannot all take."""
+    records = {one.prompt: one for one in dataset.records(split) if not is_opinion(one)}  # type: ignore[arg-type]
+    return random.Random(seed).sample(list(records.values()), min(n, len(records)))
+
+
+def requests_of(records: Sequence[Record]) -> list[EditRequest]:
+    """Each with an instruction that no training saw."""
+    return [EditRequest.of(one, text) for one, text in zip(records, heldout_instructions(records), strict=True)]
+
+
+def make(method: str, base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float) -> Update:
+    """One update for all edits."""
+    if method != "stack":
+        return joint_update(base, editor, requests, regularisation, _BATCH)
+    single = editor_method(editor)
+    patches = []
+    for start in range(0, len(requests), _BATCH):
+        part = requests[start : start + _BATCH]
+        batch = single(base, part)
+        for index in range(len(part)):
+            factors = select(batch, index).items()
+            patches.append({name: tuple(one[None] for one in compress(a[0], b[0])) for name, (a, b) in factors})
+    return stack(patches)  # type: ignore[arg-type]
+
+
+def editor_of(method: str, base: Base, folder: Path, dataset: Dataset, rate: float) -> Editor:
+    """The trained editor, or ultra's."""
+    if method != "ultra":
+        return load_editor(folder, base)[0]
+    seen = random.Random(0).sample(list(dataset.records("train")), _N_FIT)
+    return fitted_editor(base, [EditRequest.of(record, None) for record in seen], rate)
+
+
+def tune(method: str, base: Base, folder: Path, dataset: Dataset, n: int) -> dict[str, float]:
+    """λ, and ultra's rate, on validation records."""
+    records = draw(dataset, "validation", n)
+    requests = requests_of(records)
+
+    def maker(rate: float, regularisation: float) -> Any:
+        editor = editor_of(method, base, folder, dataset, rate)
+        return lambda base, _: make(method, base, editor, requests, regularisation)
+
+    rates = _RATES if method == "ultra" else (0.0,)
+    grid = [{"rate": rate, "regularisation": share} for rate in rates for share in _SHARES]
+    return dict(best_setting(base, maker, grid, records))
+
+
+def measure_size(
+    method: str, base: Base, folder: Path, data: Path, n: int, setting: dict[str, float], *, generate: bool
+) -> dict[str, Any]:
+    """Figures of one method at one size."""
+    dataset = Dataset.load(data)
+    records = draw(dataset, "test", n)
+    requests = requests_of(records)
+    editor = editor_of(method, base, folder, dataset, setting["rate"])
+    make(method, base, editor, requests[:1], setting["regularisation"])  # what a first call alone costs is left out
+    began = time.perf_counter()
+    update = make(method, base, editor, requests, setting["regularisation"])
+    seconds = (time.perf_counter() - began) / len(requests)
+    found: dict[str, Any] = {
+        "method": method, "n": len(records), **setting, "seconds_per_edit": seconds,
+        "rank": max(a.shape[1] for a, _ in update.values()), "peak_bytes_of_making": peak_memory_bytes(),
+    }  # fmt: skip
+    # Asked in its exact smallest form: the sum of thousands of patches has more rows than its modules have features.
+    exact = {name: compress(a[0], b[0], energy=1.0) for name, (a, b) in update.items()}
+    update = {name: (a[None], b[None]) for name, (a, b) in exact.items()}
+    told = [one.instruction for one in requests]
+    for one in measure(base, records, told, update, queries=("plain",), metrics=VALIDATED, generate=generate):
+        if one.metric in VALIDATED:  # fluency and what the base knew are not asked here
+            found[f"{one.metric}_{one.decoding}"] = mean(list(one.values.values()))
+    return {**found, "peak_bytes": peak_memory_bytes()}
+
+
+def _in_processes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for method in args.methods.split(","):
+        setting = {"rate": 0.0, "regularisation": 0.0}
+        own = [sys.executable, "-m", "benchmarks.many", "--editor", args.editor, "--data", args.data, "--one", method]
+        own += ["--model", args.model] if args.model else []
+        own += [] if args.generate else ["--no-generate"]
+        if method != "stack":
+            tuning = subprocess.run([*own, "--sizes", str(args.tuned_at), "--tune"], check=True, stdout=subprocess.PIPE)
+            setting = json.loads(tuning.stdout)
+        for size in args.sizes.split(","):
+            given = [*own, "--sizes", size, "--setting", json.dumps(setting)]
+            done = subprocess.run(given, check=True, stdout=subprocess.PIPE)
+            yield json.loads(done.stdout)
+            sys.stderr.write(f"{done.stdout.decode()}\n")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"| {' | '.join(key.replace('_', ' ') for key in keys)} |", f"|{'---|' * len(keys)}"]
+    for row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row.get, keys)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--editor", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--methods", default="joint,stack,ultra")
+    parser.add_argument("--sizes", default="1,10,100,1000")
+    parser.add_argument("--tuned-at", type=int, default=100)
+    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", action="store_true")
+    for hidden in ("--one", "--setting"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--tune", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is None:
+        rows = list(_in_processes(args))
+        result = {"measured": rows, "versions": versions()}
+        sys.stdout.write((json.dumps(result, indent=1) if args.json else _table(rows)) + "\n")
+        return
+    torch.manual_seed(0)
+    folder, data, size = Path(args.editor), Path(args.data), int(args.sizes)
+    base = load_base(args.model or load_info(folder).base.id)
+    if args.tune:
+        found = tune(args.one, base, folder, Dataset.load(data), size)
+    else:
+        found = measure_size(args.one, base, folder, data, size, json.loads(args.setting), generate=args.generate)
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Many edits as one update, by least squares over all their tokens (MALMEN, arXiv 2311.04661, section 3).
+
+A sum of many edits' updates is spoilt by what each does to the others' tokens. Instead, with a key k_t for each token t
+of each edit, and the change d_t of the module's output there that the edit asks for, the joint update is
+
+    ΔWᵀ = argmin_X Σ_t ‖k_t X - d_t‖² + λ‖X‖² = (KᵀK + λI)⁻¹ Kᵀ D      K (n, d_in), D (n, d_out)
+                                              = Kᵀ (KKᵀ + λI)⁻¹ D        the dual, for n < d_in
+
+The keys are the module's activations u as they are, and d_t = (u_t · ũ_t) b_t is what the token's own part ũ_t, b_t of
+its edit's update does there. We differ from MALMEN in λ, which is a share of the keys' mean square norm, so that one
+value serves every base and module; and in that few tokens are solved in the dual. Sums and solves are float64: KᵀK
+squares the keys' condition. Pseudo-activations as keys were tried: they disturb the rest of the model far more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ie.base.capture import ModuleSignals, Signals
+from ie.base.update import Factors, Update
+from ie.errors import EditorError
+
+__all__ = ["Joint", "LeastSquares", "each_alone"]
+
+
+class LeastSquares:
+    """One module's least squares, taken in chunk by chunk.
+
+    Tokens are kept while they are fewer than the keys' features, and summed up from then on: memory is bounded by
+    d_in (d_in + d_out), whatever the number of edits.
+
+    Args:
+        regularisation: λ as a share of the keys' mean square norm; positive.
+    """
+
+    def __init__(self, regularisation: float) -> None:
+        if not regularisation > 0:
+            raise ValueError(f"regularisation is {regularisation}, expected a positive number")
+        self.regularisation = regularisation
+        self.n_tokens = 0
+        self._energy = 0.0
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None  # KᵀK (d_in, d_in) and KᵀD (d_in, d_out)
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Take in keys (n_tokens, d_in) and wanted changes (n_tokens, d_out)."""
+        keys, values = keys.double(), values.double()
+        self.n_tokens += len(keys)
+        self._energy += float(keys.square().sum())
+        self._rows.append((keys, values))
+        if self.n_tokens >= keys.shape[1]:
+            for k, d in self._rows:
+                gram, cross = k.T @ k, k.T @ d
+                self._sums = (gram, cross) if self._sums is None else (self._sums[0] + gram, self._sums[1] + cross)
+            self._rows = []
+
+    def solve(self) -> Factors:
+        """The joint update, a batch of one, as factors of rank min(n_tokens, d_in, d_out), float32.
+
+        Raises:
+            EditorError: if it is not finite.
+        """
+        if not self.n_tokens:
+            raise ValueError("no token was added")
+        damping = self.regularisation * self._energy / self.n_tokens or 1.0  # keys that are all zero change nothing
+        if self._sums is None:
+            keys, values = (torch.cat(part) for part in zip(*self._rows, strict=True))
+            a, b = keys, _solve(keys @ keys.T, damping, values)
+        else:
+            gram, cross = self._sums
+            change = _solve(gram, damping, cross)
+            if change.shape[0] <= change.shape[1]:
+                a, b = torch.eye(len(change), dtype=change.dtype, device=change.device), change
+            else:
+                a, b = change.T, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise EditorError("the joint update is not finite", hint="take a larger regularisation")
+        return a.float().contiguous()[None], b.float().contiguous()[None]
+
+
+class Joint:
+    """The joint update of all edits, module by module; see `LeastSquares`."""
+
+    def __init__(self, regularisation: float) -> None:
+        self._regularisation = regularisation
+        self._modules: dict[str, LeastSquares] = {}
+
+    def add(self, signals: Signals, update: Update) -> None:
+        """Take in the signals of n edits and the n updates that an editor makes of them."""
+        for name, factors in update.items():
+            seen = signals.modules[name]
+            module = self._modules.setdefault(name, LeastSquares(self._regularisation))
+            module.add(seen.u, _wanted(seen, factors)[1])
+
+    def solve(self) -> dict[str, Factors]:
+        """The joint update by module path, a batch of one; see `LeastSquares.solve`."""
+        return {name: module.solve() for name, module in self._modules.items()}
+
+
+def each_alone(signals: Signals, update: Update, regularisation: float) -> dict[str, Factors]:
+    """The least squares of each edit's own tokens: n edits that stay n edits, in the dual form.
+
+    Args:
+        signals: of n edits.
+        update: the n updates that an editor makes of them.
+        regularisation: see `LeastSquares`.
+    """
+    out = {}
+    for name, factors in update.items():
+        seen = signals.modules[name]
+        own, wanted = _wanted(seen, factors)
+        keys, values = (torch.zeros_like(factor, dtype=torch.float64) for factor in factors)
+        keys[own], values[own] = seen.u.double(), wanted.double()
+        energy = keys.square().sum((1, 2)) / own.sum(1).clamp(min=1)
+        damping = (regularisation * energy).masked_fill(energy == 0, 1.0)
+        out[name] = (keys.float(), _solve(keys @ keys.mT, damping[:, None, None], values).float())
+    return out
+
+
+def _wanted(seen: ModuleSignals, factors: Factors) -> tuple[Tensor, Tensor]:
+    """Which rows of n updates are tokens, (n, r) bool, and the change wanted at each token, (n_tokens, d_out)."""
+    a, b = factors
+    counts = torch.bincount(seen.edit, minlength=len(a))
+    own = torch.arange(a.shape[1], device=a.device) < counts[:, None]  # row by row in the order of the signals' tokens
+    return own, (seen.u * a[own]).sum(-1, keepdim=True) * b[own]
+
+
+def _solve(gram: Tensor, damping: Tensor | float, right: Tensor) -> Tensor:
+    """(gram + damping · I)⁻¹ right, for positive definite matrices (..., n, n)."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping * eye))
