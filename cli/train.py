@@ -82,7 +82,7 @@ def train(
         typer.Option("--device-map", help="auto: spread a large base over all devices.", show_default="one device"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="500")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="350")
     ] = None,
     minutes: Annotated[
         float | None,
@@ -93,7 +93,7 @@ def train(
         typer.Option("--batch-size", metavar="N", min=1, help="Edits in a step.", show_default="16"),
     ] = None,
     balance: Annotated[
-        bool, typer.Option("--balance/--no-balance", help="Draw tasks by the root of their size, or by size.")
+        bool, typer.Option("--balance/--no-balance", help="Draw tasks evenly, or by their size.")
     ] = True,
     seed: Seed = 0,
     config: Annotated[

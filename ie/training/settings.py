@@ -27,7 +27,7 @@ class TrainSettings(BaseModel):
         steps: number of optimiser steps.
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
         seed: of everything that is drawn.
-        balance: draw tasks by the square root of their size; False draws them by size.
+        balance: draw tasks evenly; False draws them by size.
         force: overwrite `out`.
         batch_size: edits in one step.
         rank: rank of the hypernetwork's layers.
@@ -60,7 +60,7 @@ class TrainSettings(BaseModel):
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 500
+    steps: PositiveInt = 350
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -69,11 +69,11 @@ class TrainSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 1e-3
-    learning_rate: PositiveFloat = 3e-3
+    learning_rate: PositiveFloat = 4e-3
     rate_learning_rate: PositiveFloat = 1e-2
-    locality_weight: NonNegativeFloat = 0.5
+    locality_weight: NonNegativeFloat = 0.7
     n_negatives: NonNegativeInt = 2
-    plain_share: NonNegativeFloat = 0.7
+    plain_share: NonNegativeFloat = 0.9
     validate_every: PositiveInt = 100
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6

@@ -12,12 +12,11 @@ __all__ = ["RecordStream"]
 
 
 class RecordStream(Iterator[Record]):
-    """Endless records, each task's in shuffled passes; tasks drawn by their size, or balanced by its
-    square root: drawn evenly, small tasks would be seen many times before a large one is seen once.
+    """Endless records, each task's in shuffled passes; tasks drawn evenly, or by their size.
 
     Args:
         records: the records to draw from.
-        balance: draw tasks by the square root of their size.
+        balance: draw tasks evenly.
         rng: what is drawn with; its state is its owner's to save.
     """
 
@@ -29,7 +28,7 @@ class RecordStream(Iterator[Record]):
         self._orders = {task: list(range(len(group))) for task, group in by_task.items()}
         self._places = {task: len(group) for task, group in by_task.items()}  # at the end: a pass is to begin
         self._tasks = list(by_task)
-        self._weights = [len(by_task[task]) ** (0.5 if balance else 1.0) for task in self._tasks]
+        self._weights = [1 if balance else len(by_task[task]) for task in self._tasks]
         self._rng = rng
 
     def __iter__(self) -> Self:
