@@ -71,7 +71,7 @@ class TrainSettings(BaseModel):
     rate: PositiveFloat = 1e-3
     learning_rate: PositiveFloat = 4e-3
     rate_learning_rate: PositiveFloat = 1e-2
-    locality_weight: NonNegativeFloat = 0.7
+    locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
     plain_share: NonNegativeFloat = 0.9
     validate_every: PositiveInt = 100
