@@ -28,12 +28,12 @@ def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
     tasks = [task for task in dataset.tasks if task not in SETTINGS.holdout]
     rng = random.Random(seed)
     records = dataset.records("train", tasks)
-    stream, relations = RecordStream(records, SETTINGS.balance, rng), Relations(records)
+    stream = RecordStream(records, SETTINGS.balance, rng)
     return [
         make_episodes(
             [next(stream) for _ in range(SETTINGS.batch_size)],
             rng,
-            relations=relations,
+            relations=Relations(records) if SETTINGS.related_negatives else None,
             instructed=True,
             plain_share=SETTINGS.plain_share,
             n_negatives=SETTINGS.n_negatives,

@@ -59,7 +59,7 @@ def make_episodes(
     records: Sequence[Record],
     rng: random.Random,
     *,
-    relations: Relations,
+    relations: Relations | None,
     instructed: bool,
     plain_share: float,
     n_negatives: int,
@@ -69,11 +69,11 @@ def make_episodes(
     Args:
         records: the records to edit, training ones.
         rng: what is drawn with.
-        relations: where records that ask the same of another subject are found.
+        relations: where records that ask the same of another subject are found; None to do without.
         instructed: whether the method reads instructions.
         plain_share: share of the queries that carry no instruction.
-        n_negatives: how many other records' prompts must stay as they are, for each edit; the first asks the same of
-            another subject if there is one, which is what an edit spreads to soonest, the others come from the batch.
+        n_negatives: how many other records' prompts must stay as they are, for each edit; with `relations` the first
+            asks the same of another subject, which is what an edit spreads to soonest, the others come from the batch.
     """
     out = Episodes([], [], [])
     for edit, record in enumerate(records):
@@ -88,7 +88,7 @@ def make_episodes(
             question = rng.choice(record.locality)
             out.kept.append(Ask(question.prompt, question.answer, None, edit))
         unrelated = [other for other in records if other.subject != record.subject]
-        related = relations.other(record, rng) if n_negatives else None
+        related = relations.other(record, rng) if relations and n_negatives else None
         n_drawn = min(n_negatives - (related is not None), len(unrelated))
         for other in [*([related] if related else []), *rng.sample(unrelated, n_drawn)]:
             out.kept.append(Ask(other.prompt, other.ground_truth or other.target, None, edit))

@@ -74,7 +74,7 @@ class Run:
         self.dataset, self.tasks = dataset, tasks
         records, validation, _ = (dataset.records(split, tasks) for split in SPLITS)
         self.stream = RecordStream(records, settings.balance, self.rng)
-        self.relations = Relations(records)
+        self.relations = Relations(records) if settings.related_negatives else None
         self.validation = _spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings(
             method=settings.method, rank=settings.rank, n_layers=settings.n_layers, rate=settings.rate

@@ -37,6 +37,7 @@ class TrainSettings(BaseModel):
         rate_learning_rate: of the rates' logarithms (Adam).
         locality_weight: weight of the locality loss, the edit loss having 1.
         n_negatives: other records' prompts that each edit must leave alone.
+        related_negatives: let the first of them ask the same of another subject, where there is one.
         plain_share: share of the outer loss's edit and rephrase queries that carry no instruction.
         validate_every: steps between validations.
         n_validation: records that validation looks at.
@@ -60,7 +61,7 @@ class TrainSettings(BaseModel):
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 350
+    steps: PositiveInt = 500
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -69,11 +70,12 @@ class TrainSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 1e-3
-    learning_rate: PositiveFloat = 4e-3
+    learning_rate: PositiveFloat = 3e-3
     rate_learning_rate: PositiveFloat = 1e-2
     locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
-    plain_share: NonNegativeFloat = 0.9
+    related_negatives: bool = False
+    plain_share: NonNegativeFloat = 0.7
     validate_every: PositiveInt = 100
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6

@@ -15,7 +15,7 @@ from ie.base import Base
 from ie.base.targets import is_transposed
 from ie.data.record import Record
 from ie.editor.request import collate_requests
-from ie.training.episodes import Episodes, Relations, make_episodes
+from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import backward
 from tests.training.test_episodes import RECORDS
 
@@ -28,7 +28,7 @@ def episodes(n: int = 4) -> Episodes:
 
 def _made(records: list[Record], seed: int) -> Episodes:
     rng = random.Random(seed)
-    return make_episodes(records, rng, relations=Relations([]), instructed=True, plain_share=0.5, n_negatives=2)
+    return make_episodes(records, rng, relations=None, instructed=True, plain_share=0.5, n_negatives=2)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
