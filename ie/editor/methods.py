@@ -33,8 +33,6 @@ __all__ = [
 
 Method = Callable[[Base, Sequence[EditRequest]], Update]
 
-_N_STEPS = 5
-
 
 def editor_method(editor: Editor) -> Method:
     """A trained editor; one of `mend` reads no instruction."""
@@ -129,17 +127,18 @@ def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regu
     return edit
 
 
-def finetune_method(rate: float) -> Method:
+def finetune_method(rate: float, steps: int = 5) -> Method:
     """Gradient descent on the edit alone, plain: steps of one size.
 
     Args:
-        rate: Frobenius norm of one step's change of one module, so no module moves further than `_N_STEPS` times it.
+        rate: Frobenius norm of one step's change of one module, so no module moves further than `steps` times it.
+        steps: how many steps are taken.
     """
 
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
         batch = collate_requests(base, _plain(requests))
         update: dict[str, Factors] = {}
-        for _ in range(_N_STEPS):
+        for _ in range(steps):
             step = _gradient(base, base.signals(batch, update or None))
             for name, (a, b) in step.items():
                 # ‖BᵀA‖² is the sum of (BBᵀ) ∘ (AAᵀ): the dense gradient is never formed.

@@ -36,8 +36,8 @@ OnNote = Callable[[str], None]
 _BATCH_SIZE = 32  # edits whose updates are held at once
 _N_TUNING = 64  # validation records that a training-free method's setting is chosen on
 _N_FIT = 256  # training records that normalisers are fitted on
-_SETTINGS: dict[str, list[dict[str, float]]] = {
-    "finetune": [{"rate": rate} for rate in (0.03, 0.1, 0.3, 1.0)],
+_SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "finetune": [{"rate": rate, "steps": n} for rate, n in product((0.03, 0.1, 0.3, 1.0), (3, 10))],
     "gradient": [{"rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3)],
     "ultra": [
         {"rate": rate, "regularisation": share} for rate, share in product((3e-4, 1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ie.base.model import Base
 from ie.data.record import Record
@@ -47,10 +48,10 @@ def forced_figures(
 def best_setting(
     base: Base,
     make: Callable[..., Method],
-    settings: Sequence[Mapping[str, float]],
+    settings: Sequence[Mapping[str, Any]],
     records: Sequence[Record],
     before: Respondent | None = None,
-) -> Mapping[str, float]:
+) -> Mapping[str, Any]:
     """The setting with the highest harmonic mean of the three figures on some validation records.
 
     Args:
@@ -63,7 +64,7 @@ def best_setting(
     plain = [None] * len(records)
     before = before or Respondent(base)
 
-    def score(setting: Mapping[str, float]) -> float:
+    def score(setting: Mapping[str, Any]) -> float:
         return harmonic_mean(list(forced_figures(base, make(**setting), records, plain, before).values()))
 
     return max(settings, key=score)
