@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 __all__ = ["ie"]
 
 
-def ie(folder: Path, *args: str) -> dict[str, Any]:
-    """Run a command in `folder` and return its JSON object."""
-    done = subprocess.run(["ie", *args, "--json", "--quiet"], cwd=folder, check=True, stdout=subprocess.PIPE)
+def ie(folder: Path, *args: str, threads: int | None = None) -> dict[str, Any]:
+    """Run a command in `folder`, with all of the machine's threads or some, and return its JSON object."""
+    env = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(["ie", *args, "--json", "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.PIPE)
     result: dict[str, Any] = json.loads(done.stdout)
     return result

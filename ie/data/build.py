@@ -19,7 +19,7 @@ from typing import Any
 import jsonlines
 
 from ie.data.dataset import FORMAT_VERSION, INFO_FILE, did_you_mean, split_file
-from ie.data.record import SPLITS, Instructions, Record, Split
+from ie.data.record import SPLITS, Instructions, Question, Record, Split
 from ie.data.splits import normal_subject, quotas, rank, split_of
 from ie.data.templates import Template, fingerprint, load_templates
 from ie.errors import DataError, InputError
@@ -235,13 +235,21 @@ def _check_left(
 
 
 def _instructed(record: Record, templates: Mapping[str, Template], split: Split) -> Record:
-    """The record with the instructions of its split."""
+    """The record with the instructions of its split and the scope of its task."""
     template = templates[record.task]
+    if template.scope == "wording":
+        record = _of_one_wording(record)
     if split == "train":
         instruction = Instructions(train=template.render(record, "train"))
     else:
         instruction = Instructions(heldout=template.render(record, "heldout"))
     return record.model_copy(update={"instruction": instruction})
+
+
+def _of_one_wording(record: Record) -> Record:
+    """The record with its other wordings among the questions that must keep their answers."""
+    kept = tuple(Question(prompt=text, answer=record.ground_truth) for text in record.rephrases if record.ground_truth)
+    return record.model_copy(update={"rephrases": (), "portability": (), "locality": (*kept, *record.locality)})
 
 
 def _describe(

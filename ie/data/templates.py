@@ -53,7 +53,11 @@ class HeldoutInstruction(BaseModel):
 
 
 class Template(BaseModel):
-    """The instructions of one task, as `templates/TASK.yaml` holds them."""
+    """The instructions of one task, as `templates/TASK.yaml` holds them.
+
+    `scope` says how far an edit of the task reaches: a `fact` is to hold in any wording, a `wording` is to change and
+    every other wording of the same fact to stay as it was.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,6 +65,7 @@ class Template(BaseModel):
     name: Text
     about: Text
     layout: Text = DEFAULT_LAYOUT
+    scope: Literal["fact", "wording"] = "fact"
     train: tuple[Text, ...] = Field(min_length=MIN_TRAIN)
     heldout: tuple[HeldoutInstruction, ...] = Field(min_length=MIN_HELDOUT)
 

@@ -1,9 +1,11 @@
 """The hypernetwork: a residual low-rank MLP over normalised signals.
 
-    h <- h + U silu(scale_m * (V h) + shift_m) + b,    h = [u, δ]
+    s = silu(scale_m * (V h) + shift_m),    h <- (1 + tanh(gate_m · s)) h + U s + b,    h = [u, δ]
 
-One network serves all edit targets of one shape; `scale` and `shift` are one row for each of them. U starts at zero, so
-the network starts as the identity on the normalised signals.
+One network serves all edit targets of one shape; `scale`, `shift` and `gate` are one row for each of them. U and the
+gates start at zero, so the network starts as the identity on the normalised signals. The gate weighs a token as a whole,
+from leaving it out to twice its part: which tokens an edit is to hang on is most of what there is to learn, and what is
+added to h in a low rank cannot take h away.
 
 MEND (arXiv 2110.11309, section 3.1) and InstructEdit put the non-linearity and the modules' rows behind U, in the
 signal's own dimension: h + relu(scale_m * (U V h + b) + shift_m). Behind a U of zeros relu has no gradient, a residual
@@ -54,9 +56,11 @@ class _Layer(nn.Module):
         self.down = nn.Parameter(torch.randn(d_signal, rank) / d_signal**0.5)
         self.scale = nn.Parameter(torch.ones(n_modules, rank))
         self.shift = nn.Parameter(torch.zeros(n_modules, rank))
+        self.gate = nn.Parameter(torch.zeros(n_modules, rank))
         self.up = nn.Parameter(torch.zeros(rank, d_signal))
         self.bias = nn.Parameter(torch.zeros(d_signal))
 
     def forward(self, signal: Tensor, module: Tensor) -> Tensor:
-        hidden = torch.addcmul(self.shift[module], self.scale[module], signal @ self.down)
-        return signal + torch.addmm(self.bias, nn.functional.silu(hidden), self.up)
+        hidden = nn.functional.silu(torch.addcmul(self.shift[module], self.scale[module], signal @ self.down))
+        weight = 1 + torch.tanh((self.gate[module] * hidden).sum(-1, keepdim=True))
+        return torch.addcmul(torch.addmm(self.bias, hidden, self.up), weight, signal)

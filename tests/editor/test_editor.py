@@ -181,7 +181,9 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
             h = torch.cat(((u - u_norm.mean) / u_norm.std, (delta - delta_norm.mean) / delta_norm.std))
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
                 low = layer.scale[index] * (h @ layer.down) + layer.shift[index]
-                h = h + (low * low.sigmoid()) @ layer.up + layer.bias
+                hidden = low * low.sigmoid()
+                weight = 1 + torch.tanh(layer.gate[index] @ hidden)
+                h = weight * h + hidden @ layer.up + layer.bias
             pseudo_u, pseudo_delta = h[: target.d_in].double(), h[target.d_in :].double()
             rate = editor.rate(target).item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()

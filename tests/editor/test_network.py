@@ -24,14 +24,15 @@ def trained(n_layers: int = 2) -> Hypernetwork:
 
 
 def reference(network: Hypernetwork, signal: Tensor, module: int) -> Tensor:
-    """h <- h + U silu(scale_m * (V h) + shift_m) + b for one token, entry by entry, in double precision."""
+    """s = silu(scale_m * (V h) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double precision."""
     h = [float(value) for value in signal]
     for layer in network.layers:
         p = {name: value.double().tolist() for name, value in layer.named_parameters()}
         low = [sum(h[i] * p["down"][i][k] for i in range(D_SIGNAL)) for k in range(RANK)]
         bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(RANK)]
         active = [x / (1 + math.exp(-x)) for x in bent]
-        h = [h[j] + sum(active[k] * p["up"][k][j] for k in range(RANK)) + p["bias"][j] for j in range(D_SIGNAL)]
+        weight = 1 + math.tanh(sum(p["gate"][module][k] * active[k] for k in range(RANK)))
+        h = [weight * h[j] + sum(active[k] * p["up"][k][j] for k in range(RANK)) + p["bias"][j] for j in range(D_SIGNAL)]
     return torch.tensor(h)
 
 
@@ -61,7 +62,7 @@ def test_it_can_leave_the_identity() -> None:
     fresh = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2)
     fresh(torch.randn(5, D_SIGNAL), torch.zeros(5, dtype=torch.long)).square().sum().backward()
     for layer in fresh.layers:
-        for name in ("up", "bias"):
+        for name in ("up", "bias", "gate"):
             gradient = layer.get_parameter(name).grad
             assert gradient is not None and gradient.abs().max() > 0, name
 
