@@ -72,6 +72,24 @@ def test_each_split_carries_its_own_instructions(tmp_path, write, make_facts):
     }  # fmt: skip
 
 
+def test_where_one_wording_changes_the_others_are_to_stay(tmp_path, write):
+    fact = {"prompt": "Tea is", "target": "blue", "ground_truth": "green", "rephrases": ["The colour of tea is"]}
+    facts = [{**fact, "subject": f"tea {i}", "prompt": f"Tea {i} is"} for i in range(40)]
+    facts += [{**fact, "subject": f"mate {i}", "prompt": f"Mate {i} is", "ground_truth": None} for i in range(40)]
+    path = write(facts, "facts.json")
+    build(tmp_path / "out", [Source("one-wording", None, path), Source("every-wording", None, path)])
+    dataset = Dataset.load(tmp_path / "out")
+    for split in SPLITS:
+        narrow, wide = (dataset.records(split, [f"{one}-wording"]) for one in ("one", "every"))
+        assert [one.prompt for one in narrow] == [one.prompt for one in wide] != []
+        assert all(one.rephrases == ("The colour of tea is",) and not one.locality for one in wide)
+        assert not any(one.rephrases for one in narrow)
+        for one in narrow:
+            kept = [(question.prompt, question.answer) for question in one.locality]
+            # What the answer was is not known of every fact; there is nothing to keep then.
+            assert kept == ([("The colour of tea is", "green")] if one.ground_truth else [])
+
+
 def test_what_is_said_about_the_dataset(tmp_path, write, make_facts):
     path = write([*make_facts(50), *make_facts(2, target=""), *make_facts(3)])
     built = build(tmp_path / "out", [Source("people", None, path)], seed=5)
