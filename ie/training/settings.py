@@ -61,7 +61,7 @@ class TrainSettings(BaseModel):
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend"] = "instructedit"
-    steps: PositiveInt = 500
+    steps: PositiveInt = 300
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -70,12 +70,12 @@ class TrainSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 1e-3
-    learning_rate: PositiveFloat = 3e-3
+    learning_rate: PositiveFloat = 1.5e-3
     rate_learning_rate: PositiveFloat = 1e-2
     locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
     related_negatives: bool = False
-    plain_share: NonNegativeFloat = 0.7
+    plain_share: NonNegativeFloat = 0.9
     validate_every: PositiveInt = 100
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6

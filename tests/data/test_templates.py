@@ -11,7 +11,19 @@ from ie.data.record import Record
 from ie.data.templates import fingerprint, instructed, load_templates
 from ie.errors import TemplateError
 
-TASKS = ("convsent", "counterfact", "every-wording", "general", "one-wording", "people", "personality", "places", "recent", "wikifactdiff", "zsre")
+TASKS = (
+    "convsent",
+    "counterfact",
+    "every-wording",
+    "general",
+    "one-wording",
+    "people",
+    "personality",
+    "places",
+    "recent",
+    "wikifactdiff",
+    "zsre",
+)
 STYLES = {"terse-order", "polite-request", "dataset-description", "user-complaint", "foreign-word-order"}
 FIELDS = {"label": "positive", "topic": "tea", "wanted": ["Tea is fine."]}
 

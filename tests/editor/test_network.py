@@ -24,7 +24,7 @@ def trained(n_layers: int = 2) -> Hypernetwork:
 
 
 def reference(network: Hypernetwork, signal: Tensor, module: int) -> Tensor:
-    """s = silu(scale_m * (V h) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double precision."""
+    """s = silu(scale_m * (V h) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double."""
     h = [float(value) for value in signal]
     for layer in network.layers:
         p = {name: value.double().tolist() for name, value in layer.named_parameters()}
@@ -32,7 +32,8 @@ def reference(network: Hypernetwork, signal: Tensor, module: int) -> Tensor:
         bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(RANK)]
         active = [x / (1 + math.exp(-x)) for x in bent]
         weight = 1 + math.tanh(sum(p["gate"][module][k] * active[k] for k in range(RANK)))
-        h = [weight * h[j] + sum(active[k] * p["up"][k][j] for k in range(RANK)) + p["bias"][j] for j in range(D_SIGNAL)]
+        added = [sum(active[k] * p["up"][k][j] for k in range(RANK)) + p["bias"][j] for j in range(D_SIGNAL)]
+        h = [weight * one + other for one, other in zip(h, added, strict=True)]
     return torch.tensor(h)
 
 
