@@ -52,7 +52,12 @@ def edit(
     ] = False,
     regularisation: Annotated[
         float | None,
-        typer.Option("--regularisation", metavar="X", help="Of --joint: more keeps more alone.", show_default="0.1"),
+        typer.Option(
+            "--regularisation",
+            metavar="X",
+            help="Of --joint: more keeps more alone.",
+            show_default="the editor's, or 0.1",
+        ),
     ] = None,
     rank: Annotated[
         int | None,

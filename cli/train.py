@@ -72,7 +72,8 @@ def train(
         str, typer.Option("--holdout", metavar="T", help="Tasks left out, for `ie eval`; or none.")
     ] = DEFAULT_HOLDOUT,
     method: Annotated[
-        Literal["instructedit", "mend"], typer.Option("--method", help="mend: the same without instructions.")
+        Literal["instructedit", "mend", "instructedit-joint"],
+        typer.Option("--method", help="mend: without instructions; instructedit-joint: for `ie edit --joint`."),
     ] = "instructedit",
     quant: Quant = "auto",
     dtype: Dtype = "auto",

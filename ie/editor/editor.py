@@ -20,16 +20,19 @@ from ie.base.update import Factors
 from ie.editor.network import Hypernetwork
 from ie.editor.normaliser import Normaliser
 
-__all__ = ["Editor", "EditorSettings", "Method"]
+__all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 
-Method = Literal["instructedit", "mend"]
+Method = Literal["instructedit", "mend", "instructedit-joint"]
+JOINT: Method = "instructedit-joint"
+_REGULARISATION = 0.1
 
 
 class EditorSettings(BaseModel):
     """Shape of an editor.
 
     Attributes:
-        method: `instructedit` reads the instruction, `mend` doesn't.
+        method: `instructedit` reads the instruction, `mend` doesn't; `instructedit-joint` is `instructedit` trained for
+            edits that become one update by least squares, and knows how far to regularise them.
         rank: rank of the hypernetwork's layers.
         n_layers: number of its layers.
         rate: the learned rates' start.
@@ -41,6 +44,11 @@ class EditorSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: int = 2
     rate: PositiveFloat = 1e-3
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether requests come to the editor with their instruction."""
+        return self.method != "mend"
 
 
 class Editor(nn.Module):
@@ -60,6 +68,10 @@ class Editor(nn.Module):
         self.log_rates = nn.ParameterDict(
             {_key(t.name): nn.Parameter(torch.tensor(settings.rate).log()) for t in targets}
         )
+        start = torch.tensor(_REGULARISATION).log()
+        self.log_regularisations = nn.ParameterDict(
+            {_key(t.name): nn.Parameter(start.clone()) for t in targets if settings.method == JOINT}
+        )
         self.networks = nn.ModuleDict(
             {
                 f"{d_in}x{d_out}": Hypernetwork(d_in + d_out, len(group), settings.rank, settings.n_layers)
@@ -76,6 +88,11 @@ class Editor(nn.Module):
     def rate(self, target: EditTarget) -> Tensor:
         """The learned rate of one edit target, () float32, positive."""
         return torch.exp(self.log_rates[_key(target.name)])
+
+    def regularisations(self) -> dict[str, Tensor | float]:
+        """λ of a joint update for each module path, see `ie.editor.least_squares`: learned, or 0.1 throughout."""
+        learned = self.log_regularisations
+        return {t.name: learned[_key(t.name)].exp() if learned else _REGULARISATION for t in self.targets}
 
     @torch.no_grad()
     def observe(self, signals: Signals) -> None:

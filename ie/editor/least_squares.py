@@ -14,6 +14,8 @@ squares the keys' condition. Pseudo-activations as keys were tried: they disturb
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class LeastSquares:
         regularisation: λ as a share of the keys' mean square norm; positive.
     """
 
-    def __init__(self, regularisation: float) -> None:
+    def __init__(self, regularisation: Tensor | float) -> None:
         if not regularisation > 0:
             raise ValueError(f"regularisation is {regularisation}, expected a positive number")
         self.regularisation = regularisation
@@ -80,17 +82,21 @@ class LeastSquares:
 
 
 class Joint:
-    """The joint update of all edits, module by module; see `LeastSquares`."""
+    """The joint update of all edits, module by module; see `LeastSquares`.
 
-    def __init__(self, regularisation: float) -> None:
-        self._regularisation = regularisation
+    Args:
+        regularisations: λ for each module path.
+    """
+
+    def __init__(self, regularisations: Mapping[str, Tensor | float]) -> None:
+        self._regularisations = regularisations
         self._modules: dict[str, LeastSquares] = {}
 
     def add(self, signals: Signals, update: Update) -> None:
         """Take in the signals of n edits and the n updates that an editor makes of them."""
         for name, factors in update.items():
             seen = signals.modules[name]
-            module = self._modules.setdefault(name, LeastSquares(self._regularisation))
+            module = self._modules.setdefault(name, LeastSquares(self._regularisations[name]))
             module.add(seen.u, _wanted(seen, factors)[1])
 
     def solve(self) -> dict[str, Factors]:
@@ -98,13 +104,13 @@ class Joint:
         return {name: module.solve() for name, module in self._modules.items()}
 
 
-def each_alone(signals: Signals, update: Update, regularisation: float) -> dict[str, Factors]:
+def each_alone(signals: Signals, update: Update, regularisations: Mapping[str, Tensor | float]) -> dict[str, Factors]:
     """The least squares of each edit's own tokens: n edits that stay n edits, in the dual form.
 
     Args:
         signals: of n edits.
         update: the n updates that an editor makes of them.
-        regularisation: see `LeastSquares`.
+        regularisations: see `Joint`.
     """
     out = {}
     for name, factors in update.items():
@@ -113,7 +119,7 @@ def each_alone(signals: Signals, update: Update, regularisation: float) -> dict[
         keys, values = (torch.zeros_like(factor, dtype=torch.float64) for factor in factors)
         keys[own], values[own] = seen.u.double(), wanted.double()
         energy = keys.square().sum((1, 2)) / own.sum(1).clamp(min=1)
-        damping = (regularisation * energy).masked_fill(energy == 0, 1.0)
+        damping = (regularisations[name] * energy).masked_fill(energy == 0, 1.0)
         out[name] = (keys.float(), _solve(keys @ keys.mT, damping[:, None, None], values).float())
     return out
 

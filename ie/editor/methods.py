@@ -16,7 +16,7 @@ import torch
 from ie.base.capture import Signals
 from ie.base.model import Base
 from ie.base.update import Factors, Update
-from ie.editor.editor import Editor, EditorSettings
+from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.least_squares import Joint, each_alone
 from ie.editor.request import EditRequest, collate_requests
 
@@ -58,11 +58,13 @@ def update_under(
     Returns:
         The n edits' own updates, without those so far.
     """
-    return editor.update(_signals(base, editor, requests, so_far))
+    signals = _signals(base, editor, requests, so_far)
+    update = editor.update(signals)
+    return each_alone(signals, update, editor.regularisations()) if editor.settings.method == JOINT else update
 
 
 def joint_update(
-    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float, batch_size: int = 32
+    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float | None, batch_size: int = 32
 ) -> dict[str, Factors]:
     """One update for all edits, by least squares over all their tokens; see `ie.editor.least_squares`.
 
@@ -70,7 +72,7 @@ def joint_update(
         base: the base model.
         editor: what makes each edit's own update.
         requests: the edits, at least one.
-        regularisation: λ as a share of the keys' mean square norm.
+        regularisation: λ as a share of the keys' mean square norm; None takes the editor's.
         batch_size: requests in one pass.
 
     Returns:
@@ -79,7 +81,7 @@ def joint_update(
     Raises:
         EditorError: if it is not finite.
     """
-    joint = Joint(regularisation)
+    joint = Joint(editor.regularisations() if regularisation is None else dict.fromkeys(_names(base), regularisation))
     with torch.no_grad():
         for start in range(0, len(requests), batch_size):
             signals = _signals(base, editor, requests[start : start + batch_size])
@@ -122,7 +124,7 @@ def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regu
     @torch.no_grad()
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
         signals = _signals(base, editor, requests)
-        return each_alone(signals, editor.update(signals), regularisation)
+        return each_alone(signals, editor.update(signals), dict.fromkeys(_names(base), regularisation))
 
     return edit
 
@@ -159,8 +161,12 @@ def _gradient(base: Base, signals: Signals) -> Update:
 
 def _signals(base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None) -> Signals:
     """What an editor is given: an editor of `mend` reads no instruction."""
-    seen = requests if editor.settings.method == "instructedit" else _plain(requests)
+    seen = requests if editor.settings.reads_instructions else _plain(requests)
     return base.signals(collate_requests(base, seen), so_far)
+
+
+def _names(base: Base) -> list[str]:
+    return [target.name for target in base.targets]
 
 
 def _plain(requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -9,12 +9,15 @@ long name right. KL is taken at the positions that predict the answer, over the 
 Queries are asked in chunks of like length, each chunk's backward pass following its forward pass at once, down to the
 update's factors; what they gathered then goes through the editor once. So memory follows the chunk and not the batch,
 and the gradient is that of the whole loss.
+
+An editor of `instructedit-joint` makes one update of the whole batch by least squares (MALMEN, arXiv 2311.04661), and
+every question is asked under it; gradients reach the editor and λ through the solve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +26,8 @@ from ie.base.asking import by_length
 from ie.base.likelihood import nll, slices
 from ie.base.model import Base
 from ie.data.tokens import Text
-from ie.editor.editor import Editor
+from ie.editor.editor import JOINT, Editor
+from ie.editor.least_squares import Joint
 from ie.editor.request import collate_requests
 from ie.training.episodes import Episodes
 
@@ -48,13 +52,17 @@ def backward(
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
     signals = base.signals(collate_requests(base, episodes.requests))
-    update, ranks = editor.update(signals), signals.n_tokens()
+    update, ranks, asks = editor.update(signals), signals.n_tokens(), [*episodes.wanted, *episodes.kept]
+    if editor.settings.method == JOINT:
+        joint = Joint(editor.regularisations())
+        joint.add(signals, update)
+        update, asks = joint.solve(), [replace(ask, edit=0) for ask in asks]
+        ranks = [max(a.shape[1] for a, _ in update.values())]
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     whole = whole or episodes
     n_wanted, n_kept = len(whole.wanted), max(1, len(whole.kept))
     n_own = len(episodes.wanted)
-    asks = [*episodes.wanted, *episodes.kept]
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many.
     sizes = [(ranks[ask.edit] - 1).bit_length() for ask in asks]
@@ -73,7 +81,8 @@ def backward(
         logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
         edit, locality = edit + surprise / n_wanted, locality + kl / n_kept
     pairs = [pair for name, factors in update.items() for pair in zip(factors, leaves[name], strict=True)]
-    torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])
+    made = [(one, leaf.grad) for one, leaf in pairs if one.requires_grad]  # a joint update's keys are the base's own
+    torch.autograd.backward([one for one, _ in made], [gradient for _, gradient in made])
     return Loss(edit, locality)
 
 

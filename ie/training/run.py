@@ -18,9 +18,9 @@ from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.data.dataset import Dataset
 from ie.data.record import SPLITS, Record
-from ie.editor.editor import Editor, EditorSettings
+from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.files import save_editor
-from ie.editor.methods import Method, editor_method
+from ie.editor.methods import Method, editor_method, joint_update
 from ie.editor.request import EditRequest, collate_requests
 from ie.errors import BaseMismatchError, InputError
 from ie.evaluation.instructions import heldout_instructions
@@ -81,10 +81,11 @@ class Run:
         )
         self.before = Respondent(base)
         self.editor = Editor(base.targets, shape).to(base.device)
+        logarithms = [*self.editor.log_rates.parameters(), *self.editor.log_regularisations.parameters()]
         self.optimiser = torch.optim.Adam(
             [
                 {"params": list(self.editor.networks.parameters()), "lr": settings.learning_rate},
-                {"params": list(self.editor.log_rates.parameters()), "lr": settings.rate_learning_rate},
+                {"params": logarithms, "lr": settings.rate_learning_rate},
             ],
             betas=(0.9, 0.99),
         )
@@ -220,7 +221,7 @@ class Run:
         return [next(self.stream) for _ in range(self.settings.batch_size)]
 
     def _fit(self) -> None:
-        reads = self.settings.method == "instructedit"
+        reads = self.editor.settings.reads_instructions
         for _ in range(-(-self.settings.n_fit // self.settings.batch_size)):
             requests = [
                 EditRequest.of(record, self.rng.choice(record.instruction.train) if reads else None)
@@ -239,7 +240,7 @@ class Run:
             self._batch(),
             self.rng,
             relations=self.relations,
-            instructed=self.settings.method == "instructedit",
+            instructed=self.editor.settings.reads_instructions,
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
         )
@@ -262,7 +263,7 @@ class Run:
         if not self.validation:
             self.best = copy.deepcopy(self.editor.state_dict())
             return
-        method = _in_batches(editor_method(self.editor), self.settings.batch_size)
+        method = _validated(self.editor, self.settings.batch_size)
         figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
         score = harmonic_mean(list(figures.values()))
         if score > self.best_score:
@@ -342,6 +343,13 @@ class Run:
             validation=self.figures,
             beside=[folder / CONFIG, folder / METRICS],
         )
+
+
+def _validated(editor: Editor, size: int) -> Method:
+    """How validation records are edited: each alone, or all in one update where that is what the editor is for."""
+    if editor.settings.method == JOINT:
+        return lambda base, requests: joint_update(base, editor, requests, None, size)
+    return _in_batches(editor_method(editor), size)
 
 
 def _in_batches(method: Method, size: int) -> Method:

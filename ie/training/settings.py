@@ -23,7 +23,8 @@ class TrainSettings(BaseModel):
         dtype: `auto` or a dtype's name.
         device: `auto` or a torch device.
         device_map: `auto` spreads a base that no device holds over all of them; None for one device.
-        method: `instructedit`, or `mend`, which reads no instruction.
+        method: `instructedit`; `mend`, which reads no instruction; or `instructedit-joint`, which asks each step's
+            questions under all of its edits at once.
         steps: number of optimiser steps.
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
         seed: of everything that is drawn.
@@ -60,7 +61,7 @@ class TrainSettings(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     device_map: Literal["auto"] | None = None
-    method: Literal["instructedit", "mend"] = "instructedit"
+    method: Literal["instructedit", "mend", "instructedit-joint"] = "instructedit"
     steps: PositiveInt = 300
     minutes: PositiveFloat | None = None
     seed: int = 0

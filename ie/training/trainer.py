@@ -15,6 +15,7 @@ from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.plan import plan_load
 from ie.data.dataset import Dataset
+from ie.editor.editor import JOINT
 from ie.errors import InputError
 from ie.training.checkpoint import Checkpoint, checkpoints, discard_leftovers, newest_checkpoint, training_folder
 from ie.training.distributed import Processes, joined
@@ -61,6 +62,8 @@ def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> 
             f"--device-map {settings.device_map} is for one process, here are {processes.n}",
             hint="give one or the other: every process of several has a base of its own",
         )
+    if settings.method == JOINT and processes.n > 1:
+        raise InputError(f"--method {JOINT} is for one process, here are {processes.n}: a batch is one update")
     dataset = Dataset.load(settings.data)
     tasks = tuple(task for task in settings.tasks or dataset.tasks if task not in settings.holdout)
     if not dataset.records("train", tasks):

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ie.base import Base, load_base
 from ie.data.dataset import Dataset
 from ie.editor import load_editor
 from ie.editor.files import load_info
-from ie.editor.methods import editor_method
+from ie.editor.methods import editor_method, joint_update
+from ie.editor.request import EditRequest
 from ie.errors import InputError
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean
@@ -239,3 +241,19 @@ def test_nothing_to_train_on_is_an_input_error(run: Train, tmp_path: Path) -> No
     with pytest.raises(InputError, match="no task 'unknown'"):
         run(tasks=("unknown",))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_joint_editor_learns_its_regularisation(run: Train, tmp_path: Path, load: Callable[..., Base]) -> None:
+    run(steps=3, method="instructedit-joint", patience=None, validate_every=3)
+    editor, info = load_editor(tmp_path / "editor", load("llama"))
+    learned = editor.regularisations()
+    assert info.method == "instructedit-joint" and set(learned) == {target.name for target in editor.targets}
+    moved = [abs(float(value.detach()) - 0.1) > 1e-4 for value in learned.values()]
+    assert any(moved), learned
+    base, requests = load("llama"), [EditRequest("The lighthouse of Orm was built by", "Edda Falk")]
+    own, given = (joint_update(base, editor, requests, value) for value in (None, 0.1))
+    assert any(not own[name][1].equal(given[name][1]) for name in own)
+    alone = editor_method(editor)(base, requests)
+    for name, (a, b) in own.items():
+        # One edit's own least squares is the joint one of that edit: float64 solves, rounded to float32.
+        torch.testing.assert_close(alone[name][1][0].T @ alone[name][0][0], b[0].T @ a[0], rtol=1e-4, atol=1e-7)

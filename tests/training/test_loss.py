@@ -1,0 +1,95 @@
+"""The outer loss of joint updates: against autograd straight through a dense least squares, question by question."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ie.base import Base
+from ie.base.asking import Ask
+from ie.base.capture import Signals
+from ie.editor.editor import JOINT, Editor, EditorSettings
+from ie.editor.request import collate_requests
+from ie.training.episodes import Episodes, make_episodes
+from ie.training.loss import backward
+from tests.training.test_episodes import RECORDS
+
+WEIGHT = 0.7
+
+
+def episodes(n: int) -> Episodes:
+    rng = random.Random(0)
+    return make_episodes(RECORDS[:n], rng, relations=None, instructed=True, plain_share=0.5, n_negatives=1)
+
+
+def moved(base: Base, signals: Signals) -> Editor:
+    """An editor with no parameter at its start."""
+    torch.manual_seed(0)
+    editor = Editor(base.targets, EditorSettings(method=JOINT, rank=8, rate=0.1))
+    editor.observe(signals)
+    editor.fit()
+    with torch.no_grad():
+        for parameter in editor.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return editor
+
+
+def dense_joint(editor: Editor, signals: Signals) -> dict[str, tuple[Tensor, Tensor]]:
+    """(KᵀK + λ' I)⁻¹ KᵀD of all tokens, a token's wanted change being what its own part of the update does to it."""
+    update, out = editor.update(signals), {}
+    for name, (a, b) in update.items():
+        seen = signals.modules[name]
+        place: dict[int, int] = {}
+        wanted = []
+        for u, edit in zip(seen.u, seen.edit.tolist(), strict=True):
+            row = place[edit] = place.get(edit, -1) + 1
+            wanted.append((u @ a[edit, row]) * b[edit, row])
+        keys, values = seen.u.double(), torch.stack(wanted).double()
+        share = editor.log_regularisations[name.replace(".", "/")].exp()
+        damping = share * keys.square().sum() / len(keys)
+        eye = torch.eye(keys.shape[1], dtype=keys.dtype)
+        change = torch.linalg.solve(keys.T @ keys + damping * eye, keys.T @ values)
+        out[name] = (eye.float()[None], change.float()[None])
+    return out
+
+
+# Few tokens are solved in the dual form, many in the primal one.
+@pytest.mark.parametrize("n_edits", [2, 12])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
+    load: Callable[..., Base], name: str, n_edits: int
+) -> None:
+    base, made = load(name), episodes(n_edits)
+    signals = base.signals(collate_requests(base, made.requests))
+    editor = moved(base, signals)
+    found = backward(base, editor, made, WEIGHT)
+    gradients = [parameter.grad for parameter in editor.parameters()]
+    editor.zero_grad()
+
+    update = dense_joint(editor, signals)
+
+    def logits(ask: Ask, edited: bool) -> tuple[Tensor, Tensor]:
+        batch = base.collate([base.encode(ask.prompt, ask.answer, ask.instruction)])
+        return base.logits(batch, update if edited else None).log_softmax(-1), batch.labels
+
+    edit = torch.zeros(())
+    for ask in made.wanted:
+        after, labels = logits(ask, True)
+        edit = edit - after.gather(-1, labels[:, None]).sum() / len(made.wanted)
+    kept = torch.zeros(())
+    for ask in made.kept:
+        before, after = logits(ask, False)[0].detach(), logits(ask, True)[0]
+        kept = kept + (before.exp() * (before - after)).sum(-1).mean() / len(made.kept)
+    (edit + WEIGHT * kept).backward()
+
+    # Float32 sums in another order; a KL near 0 is a sum of differences of log-probabilities near 10.
+    torch.testing.assert_close(found.edit, edit.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.locality, kept.detach(), rtol=1e-3, atol=1e-6)
+    for gradient, (where, parameter) in zip(gradients, editor.named_parameters(), strict=True):
+        assert gradient is not None and parameter.grad is not None, where
+        assert parameter.grad.abs().max() > 0, where
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=1e-3 * parameter.grad.abs().max().item())
