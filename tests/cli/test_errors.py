@@ -68,10 +68,19 @@ def test_config_names_an_unknown_setting(run: Any, dataset_folder: Path) -> None
     assert "stepz" in run("train", "--config", "settings.yaml", code=2).stderr
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "steps: [", "steps: 0\n", "method: rome\n", "steps: many\n"])
-def test_config_is_checked_as_flags_are(text: str, run: Any, dataset_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- 1\n- 2\n", "expected a mapping of flags to values"),
+        ("steps: [", "no YAML"),
+        ("steps: 0\n", "steps"),
+        ("method: rome\n", "method"),
+        ("steps: many\n", "steps"),
+    ],
+)
+def test_config_is_checked_as_flags_are(text: str, said: str, run: Any, dataset_folder: Path) -> None:
     Path("settings.yaml").write_text(text)
-    run("train", "--config", "settings.yaml", code=2)
+    assert said in run("train", "--config", "settings.yaml", code=2).stderr
 
 
 @pytest.mark.parametrize(

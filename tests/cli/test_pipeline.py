@@ -63,6 +63,7 @@ def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
     assert applied["merged"]["took"] and applied["merged"]["answers"] == [made["target"]]
     shown = ie("inspect", patch)
     assert shown["kind"] == "patch" and shown["base"]["id"] == "toy" and shown["editor"]
+    assert shown["templates"] == Dataset.load(place / "data").info["templates"] != ""
     assert shown["probes"][0]["prompt"] == "The capital of France is"
     assert all(entry["norm"] > 0 and entry["rank"] >= 1 for entry in shown["modules"].values())
 
