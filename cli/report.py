@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["LEGEND", "Line", "Section", "cell", "sections", "settings", "summary_of", "to_markdown"]
 
 BEFORE = "none"
-METHODS = (BEFORE, "instructedit", "mend", "finetune", "gradient", "ultra")
+METHODS = (BEFORE, "instructedit", "instructedit-joint", "mend", "finetune", "gradient", "ultra")
 CONTROLS = ("right", "none", "wrong-task", "random", "unseen")
 METRICS = (
     "reliability", "generalization", "portability", "locality", "locality-known", "harmonic-mean", "fluency",

@@ -245,7 +245,7 @@ def _controls(
     """
     told = _other_instructions(task, records, dataset)
     for one, unseen in measured:
-        if one.edit is not None and one.method.startswith("instructedit"):
+        if one.method.startswith("instructedit"):
             found = {
                 names: _measure(before, one.edit, records, texts, generate=generate) for names, texts in told.items()
             }
