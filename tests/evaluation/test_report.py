@@ -81,7 +81,7 @@ def test_training_free_methods(checkpoint: Callable[..., Path], dataset: Path, m
         generate=False,
         device="cpu",
     )
-    check_rows(found["rows"], {"rate", "regularisation"})
+    check_rows(found["rows"], {"rate", "steps", "regularisation"})
     assert {row["method"] for row in found["rows"]} == {"none", "finetune", "gradient", "ultra"}
     assert found["holdout"] is None and found["editor"] == []
 
