@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ie"]
+__all__ = ["IE", "ie"]
+
+IE = str(Path(sys.executable).with_name("ie"))  # of the environment that runs the benchmark, active or not
 
 
 def ie(folder: Path, *args: str, threads: int | None = None) -> dict[str, Any]:
     """Run a command in `folder`, with all of the machine's threads or some, and return its JSON object."""
     env = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(["ie", *args, "--json", "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([IE, *args, "--json", "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.PIPE)
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.commands import IE
 from ie.base.plan import meta_model
 from ie.base.targets import find_targets
 from ie.patch.info import PatchBase, PatchInfo
@@ -61,12 +62,12 @@ def measure() -> dict[str, float]:
     """All ratios."""
     with tempfile.TemporaryDirectory() as place:
         data = str(Path(place) / "data")
-        subprocess.run(["ie", "build", "--out", data, "--limit", "10"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([IE, "build", "--out", data, "--limit", "10"], check=True, stdout=subprocess.DEVNULL)
         patch = write_patch(Path(place) / "patch.safetensors")
         return {
-            "help_over_imports": ratio(["ie", "--help"], FLOOR),
-            "inspect_patch_over_help": ratio(["ie", "inspect", patch], ["ie", "--help"]),
-            "inspect_dataset_over_help": ratio(["ie", "inspect", data], ["ie", "--help"]),
+            "help_over_imports": ratio([IE, "--help"], FLOOR),
+            "inspect_patch_over_help": ratio([IE, "inspect", patch], [IE, "--help"]),
+            "inspect_dataset_over_help": ratio([IE, "inspect", data], [IE, "--help"]),
         }
 
 

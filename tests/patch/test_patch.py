@@ -24,6 +24,7 @@ from ie.patch import Patch, PatchInfo, applied
 from ie.patch.info import Kept, PatchBase
 from ie.patch.live import check_base, combined
 from tests.dense import edited, random_update, state_hash
+from tests.disk import limitable_disk
 from tests.models import ARCHITECTURES
 
 PROMPTS = ("The lighthouse of Orm was built by", "Varn:")
@@ -104,9 +105,10 @@ class TestFile:
         path = tmp_path / "patch.safetensors"
         path.write_bytes(b"old")
         patch = make(load("gpt2"))
-        broken = Patch(patch.info, {**patch.factors, "z": (torch.eye(3).to_sparse(), torch.eye(3))})
-        with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
-            broken.save(path)  # the library refuses sparse tensors
+        with limitable_disk() as limit:
+            limit(1000)
+            with pytest.raises(InputError, match="cannot be written: File too large"):
+                patch.save(path)
         assert path.read_bytes() == b"old"
         assert [one.name for one in tmp_path.iterdir()] == ["patch.safetensors"]
 

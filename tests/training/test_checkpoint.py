@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from ie.errors import BaseMismatchError, InputError
 from ie.training import Event, TrainSettings, train
 from ie.training.checkpoint import Checkpoint, checkpoints, newest_checkpoint, training_folder, write_checkpoint
 from ie.training.stream import RecordStream
+from tests.disk import limitable_disk
 
 STEPS = 9
 
@@ -167,21 +167,15 @@ def test_a_full_disk_loses_nothing(settings: Callable[..., TrainSettings], own_h
     """Files beyond a size that the first checkpoints keep cannot be written, as on a full disk."""
     one = settings(steps=6)
     notes: list[str] = []
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def watch(event: Event) -> None:
         notes.append(event.text)
-        if event.kind == "step" and event.step == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        if event.kind == "step" and event.step == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if event.kind == "step" and event.step in limits:
+            limit(limits[event.step])
 
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
+    limits = {3: 1000, 5: None}
+    with limitable_disk() as limit:
         train(one, on_event=watch)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     failed = [note for note in notes if "the last good checkpoint is" in note]
     assert len(failed) == 2 and all("checkpoint-0000002;" in note for note in failed), notes
     train(settings("undisturbed", steps=6))
