@@ -140,19 +140,19 @@ def train(
         more = dict(context.obj or {})
         if more:  # settings that only --config can name: check them before anything is built
             _settings(more, f"--config {config}: ")
+        flags["holdout"] = left_out = () if holdout == "none" else split_names(holdout, "--holdout")
+        values = {name: value for name, value in flags.items() if value is not None} | more
         if dry_run:
             check_model(model)
-            flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
-            _show_plan(render, {name: value for name, value in flags.items() if value is not None} | more)
+            _show_plan(render, values)
             return
         if resume:
-            flags["holdout"] = () if holdout == "none" else split_names(holdout, "--holdout")
             values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
         else:
             check_model(model)
             check_new(out, force=force)
-            flags["holdout"] = _check_tasks(render, data, tasks, holdout, explicit=_given(context, "holdout"))
-            values = {name: value for name, value in flags.items() if value is not None} | more
+            explicit = _given(context, "holdout")
+            values = values | {"holdout": _check_tasks(render, data, tasks, left_out, explicit=explicit)} | more
         _run(render, values | {"out": out})
 
 
@@ -213,14 +213,15 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _check_tasks(render: Render, data: Path, tasks: str | None, holdout: str, *, explicit: bool) -> tuple[str, ...]:
+def _check_tasks(
+    render: Render, data: Path, tasks: str | None, left_out: tuple[str, ...], *, explicit: bool
+) -> tuple[str, ...]:
     """Check --tasks and --holdout against the dataset; without a default dataset, build it first.
 
     Returns:
         The tasks to leave out.
     """
     names = split_names(tasks, "--tasks")
-    left_out = () if holdout == "none" else split_names(holdout, "--holdout")
     if data == DEFAULT_DATA and not data.exists() and _N_PROCESSES == 1:
         from ie.data.build import build
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from ie.base.model import Base
 from ie.base.targets import EditTarget
@@ -80,7 +81,8 @@ def save_editor(
     """
     with new_folder(folder) as fresh:
         # Rounding never: what is written is what was validated, bit for bit.
-        save_file({name: t.detach().cpu().contiguous() for name, t in editor.state_dict().items()}, fresh / WEIGHTS)
+        weights = to_bytes({name: t.detach().cpu().contiguous() for name, t in editor.state_dict().items()})
+        (fresh / WEIGHTS).write_bytes(weights)  # the library's own writing makes files private
         info = EditorInfo(
             method=editor.settings.method,
             base=BaseInfo(id=base.id, fingerprint=base.fingerprint, quant=base.quant),
@@ -92,7 +94,7 @@ def save_editor(
             validation=validation,
             versions=versions(),
             created=now(),
-            fingerprint=hashlib.sha256((fresh / WEIGHTS).read_bytes()).hexdigest()[:16],
+            fingerprint=hashlib.sha256(weights).hexdigest()[:16],
         )
         (fresh / INFO).write_text(json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
         for path in beside:

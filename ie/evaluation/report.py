@@ -127,14 +127,9 @@ def evaluate(
             on_note(f"{task}: no test record")
             continue
         on_note(f"{task}: {len(records)} records")
-        told = heldout_instructions(records)
-        measured = [(one, _measure(before, one.edit, records, told, generate=generate)) for one in contestants]
-        rows += [row for one, figures in measured for row in _rows(task, one, figures)]
-        gaps += [row for left, right in combinations(measured[1:], 2) for row in _gaps(task, left, right)]
-        if controls:
-            for right, *others in _controls(before, measured, task, records, dataset, generate=generate):
-                rows += [row for one, figures in (right, *others) for row in _rows(task, one, figures)]
-                gaps += [row for other in others for row in _gaps(task, right, other)]
+        found, compared = _of_task(before, contestants, task, records, dataset, controls=controls, generate=generate)
+        rows += found
+        gaps += compared
     if not rows:
         raise InputError(f"{data} has no test record of {', '.join(tasks or dataset.tasks)}")
     return {
@@ -150,6 +145,28 @@ def evaluate(
         "versions": versions(),
         "created": now(),
     }
+
+
+def _of_task(
+    before: Respondent,
+    contestants: Sequence[Contestant],
+    task: str,
+    records: Sequence[Record],
+    dataset: Dataset,
+    *,
+    controls: bool,
+    generate: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of one task, and those of the differences between its contestants."""
+    told = heldout_instructions(records)
+    measured = [(one, _measure(before, one.edit, records, told, generate=generate)) for one in contestants]
+    rows = [row for one, figures in measured for row in _rows(task, one, figures)]
+    gaps = [row for left, right in combinations(measured[1:], 2) for row in _gaps(task, left, right)]
+    if controls:
+        for right, *others in _controls(before, measured, task, records, dataset, generate=generate):
+            rows += [row for one, figures in (right, *others) for row in _rows(task, one, figures)]
+            gaps += [row for other in others for row in _gaps(task, right, other)]
+    return rows, gaps
 
 
 def _editors(base: Base, folders: Sequence[Path]) -> Iterator[Contestant]:

@@ -16,8 +16,9 @@ from ie.editor import Editor, EditorInfo, EditorSettings, EditRequest, load_edit
 from ie.editor.editing import EditSettings, edit
 from ie.editor.files import load_info
 from ie.editor.request import collate_requests
-from ie.errors import BaseMismatchError, EditorError
+from ie.errors import BaseMismatchError, EditorError, InputError
 from ie.patch import Patch
+from tests.disk import limitable_disk
 
 REQUEST = EditRequest("The lighthouse of Orm was built by", "Edda Falk", "Task: people")
 
@@ -61,6 +62,21 @@ def test_save_then_load_is_equal_bit_for_bit(load: Callable[..., Base], tmp_path
 def test_the_folder_holds_two_files(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["editor.json", "editor.safetensors"]
     assert sorted(path.name for path in saved.parent.iterdir()) == ["editor"]
+
+
+def test_others_may_read_an_editor_as_they_may_any_new_file(saved: Path) -> None:
+    (saved.parent / "plain").touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved.parent / "plain").stat().st_mode}
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_editor(load: Callable[..., Base], saved: Path) -> None:
+    before = (saved / "editor.safetensors").read_bytes()
+    with limitable_disk() as limit:
+        limit(1000)
+        with pytest.raises(InputError, match="cannot be written: File too large"):
+            save(load("llama"), saved)
+    assert (saved / "editor.safetensors").read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["editor"]
 
 
 def test_the_base_may_be_quantised_anew(load: Callable[..., Base], saved: Path) -> None:
