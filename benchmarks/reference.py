@@ -46,7 +46,13 @@ class Reference:
 
     def update(self, request: EditRequest) -> Dense:
         """ΔW of one edit, part of the editor's graph."""
-        batch = self._collate([Ask(request.prompt, request.target, request.instruction)])
+        plain, given = (Ask(request.prompt, request.target, told) for told in (None, request.instruction))
+        factors = self.editor.update(self._signals(plain), self._signals(given))
+        dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
+        return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
+
+    def _signals(self, ask: Ask) -> Signals:
+        batch = self._collate([ask])
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str):  # type: ignore[no-untyped-def]
@@ -67,11 +73,11 @@ class Reference:
         for target in targets:
             u, delta = seen[target.name]
             rows = batch.editable[0] & (delta != 0).any(-1)
-            signals[target.name] = ModuleSignals(u[rows], delta[rows], torch.zeros(int(rows.sum()), dtype=torch.long))
-        factors = self.editor.update(Signals(signals, 1))
-        dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
+            place = rows.nonzero()[:, 0]
+            edit, position = torch.zeros_like(place), place - batch.texts[0].n_instruction
+            signals[target.name] = ModuleSignals(u[place], delta[place], edit, position, batch.opening[0][place])
         self.model.zero_grad()
-        return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
+        return Signals(signals, 1)
 
     def loss(self, episodes: Episodes, index: int) -> tuple[Tensor, Tensor]:
         """Edit and locality loss of one episode of a batch, each its part of the batch's mean."""

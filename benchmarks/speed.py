@@ -25,7 +25,8 @@ from ie.base.update import Update, adding
 from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.editor.methods import editor_method
-from ie.editor.request import EditRequest, collate_requests
+from ie.editor.passes import propose
+from ie.editor.request import EditRequest
 from ie.evaluation.protocol import is_opinion, measure
 from ie.evaluation.respondent import Respondent
 from ie.patch.lowrank import stack
@@ -46,7 +47,7 @@ def check_equal(folder: Path, data: Path) -> Row:
     training = Training(base)
     reference = Reference(folder, training.editor)
     with torch.no_grad():
-        update = training.editor.update(base.signals(collate_requests(base, episodes.requests)))
+        _, update = propose(base, training.editor, episodes.requests)
     worst = 0.0
     for name, dense in reference.update(episodes.requests[0]).items():
         a, b = update[name]

@@ -18,7 +18,7 @@ from ie.base.suffix import Decoder
 from ie.base.targets import find_blocks
 from ie.base.update import Factors, Update
 
-__all__ = ["dense_gradients", "dequantised", "edited", "random_update", "state_hash"]
+__all__ = ["dense_gradients", "dequantised", "edited", "random_update", "rebased", "state_hash"]
 
 
 def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:
@@ -61,8 +61,13 @@ def dequantised(exact: Base, quantised: Base) -> Base:
         if weight is not None:
             place = model.get_submodule(name)
             place.weight.data = (weight.T if isinstance(place, Conv1D) else weight).contiguous()
-    decoder = Decoder.split(model, find_blocks(model)[1], exact.decoder.first, exact.device)
-    return replace(exact, model=model, decoder=decoder)
+    return rebased(exact, model)
+
+
+def rebased(base: Base, model: nn.Module) -> Base:
+    """The base with another model in its place."""
+    decoder = Decoder.split(model, find_blocks(model)[1], base.decoder.first, base.device)
+    return replace(base, model=model, decoder=decoder)
 
 
 def _dequantised_weight(module: Any) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base.targets import EditTarget
+from ie.data.tokens import TokenBatch
 
 __all__ = ["ModuleSignals", "Signals", "recording", "row_mean"]
 
@@ -28,11 +29,15 @@ class ModuleSignals:
         u: (n_tokens, d_in) float32, the module's inputs.
         delta: (n_tokens, d_out) float32, the loss's gradient at the module's outputs.
         edit: (n_tokens,) int64, the request that each token belongs to, ascending.
+        position: (n_tokens,) int64, where each token stands in its request, the instruction left out.
+        opening: (n_tokens,) bool, True on a prompt's last token.
     """
 
     u: Tensor
     delta: Tensor
     edit: Tensor
+    position: Tensor
+    opening: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,24 +67,34 @@ class Recorder:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-    def signals(self, logits: Tensor, gradient: Tensor, editable: Tensor) -> Signals:
+    def signals(self, logits: Tensor, gradient: Tensor, batch: TokenBatch, like: Signals | None = None) -> Signals:
         """Run the backward pass down to the recorded outputs.
 
         Args:
             logits: (n_answer, n_vocab) of the recorded forward pass.
             gradient: the gradient of the sum of the requests' losses there.
-            editable: (n, t) bool, the tokens that may enter the update.
+            batch: the requests.
+            like: signals of the same batch; tokens are those that it kept. None keeps those with a gradient.
         """
+        editable, width = batch.editable, batch.editable.shape[1]
+        starts = torch.tensor([text.n_instruction for text in batch.texts], device=editable.device)
         gradients = torch.autograd.grad(logits, list(self.outputs.values()), gradient)
         modules = {}
         for (name, u), delta in zip(self.inputs.items(), gradients, strict=True):
             u, delta = u.to(editable.device), delta.to(editable.device)  # where the editor is, module by module
             flat = delta.reshape(editable.numel(), -1)
-            kept = (editable.flatten() & (flat != 0).any(-1)).nonzero()[:, 0]
+            if like is None:
+                kept = (editable.flatten() & (flat != 0).any(-1)).nonzero()[:, 0]
+            else:
+                of = like.modules[name]
+                kept = of.edit * width + starts[of.edit] + of.position
+            edit = kept // width
             modules[name] = ModuleSignals(
                 u=u.reshape(editable.numel(), -1)[kept].float(),
                 delta=flat[kept].float(),
-                edit=kept // editable.shape[1],
+                edit=edit,
+                position=kept % width - starts[edit],
+                opening=batch.opening.flatten()[kept],
             )
         return Signals(modules, editable.shape[0])
 

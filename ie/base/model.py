@@ -139,8 +139,14 @@ class Base:
 
         return run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
 
-    def signals(self, batch: TokenBatch, update: Update | None = None) -> Signals:
-        """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`."""
+    def signals(self, batch: TokenBatch, update: Update | None = None, like: Signals | None = None) -> Signals:
+        """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`.
+
+        Args:
+            batch: n requests.
+            update: edits to compute under, n or a batch of one; None for the base itself.
+            like: signals of the same batch, whose tokens are to be taken; None takes those with a gradient.
+        """
         hidden, context = self.prefixes.hidden(batch), None
         if update is None:  # under an edit an instruction's tokens hand on something else
             context = self._instructions.context(batch)
@@ -156,7 +162,7 @@ class Base:
             # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
             # be moved as far as a short answer's.
             _, gradient = nll(logits.detach(), batch.labels)
-            return recorder.signals(logits, gradient, batch.editable)
+            return recorder.signals(logits, gradient, batch, like)
 
     @torch.no_grad()
     def generate(

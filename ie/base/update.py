@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Update", "adding"]
+__all__ = ["Factors", "Update", "adding", "on_top"]
 
 Factors = tuple[Tensor, Tensor]  # A (n, r, d_in), B (n, r, d_out)
 Update = Mapping[str, Factors]  # by module path
@@ -39,6 +39,17 @@ def adding(model: nn.Module, update: Update, rows: Tensor | None = None) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+def on_top(update: Update, more: Update) -> dict[str, Factors]:
+    """The sum of a batch of n edits, or of one for all, and another batch of n on the same modules."""
+    return {
+        name: (
+            torch.cat((a.expand(len(more[name][0]), -1, -1), more[name][0]), 1),
+            torch.cat((b.expand(len(more[name][1]), -1, -1), more[name][1]), 1),
+        )
+        for name, (a, b) in update.items()
+    }
 
 
 def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:

@@ -109,6 +109,7 @@ class TokenBatch:
         labels: (n_answer,) int64, the answer tokens, row by row.
         rows: (n_answer,) int64, the row of each answer token.
         editable: (n, t) bool, True on tokens of prompt and answer, the instruction's left out.
+        opening: (n, t) bool, True on a prompt's last token, which predicts the answer's first.
     """
 
     texts: tuple[Text, ...]
@@ -118,6 +119,7 @@ class TokenBatch:
     labels: Tensor
     rows: Tensor
     editable: Tensor
+    opening: Tensor
 
 
 def collate(texts: Sequence[Text], pad_id: int, device: torch.device) -> TokenBatch:
@@ -138,4 +140,5 @@ def collate(texts: Sequence[Text], pad_id: int, device: torch.device) -> TokenBa
         labels=ids[answers].to(device),
         rows=answers.nonzero()[:, 0].to(device),
         editable=(mask & (position >= instructions)).to(device),
+        opening=(position == prompts - 1).to(device),
     )

@@ -1,8 +1,13 @@
 """The editor: signals of a batch of edits in, their low-rank updates out.
 
 For each edit target m and token t: normalise u and δ, map them by the hypernetwork of m's shape to ũ and δ̃, and sum
-over the edit's tokens:  ΔW_m = -rate_m Σ_t δ̃_t ũ_tᵀ = BᵀA  with A = ũ and B = -rate_m δ̃  (MEND, eq. 5; the sign
-stands here and nowhere else). Before it is fitted and trained, with rates of 1, the update is the loss's gradient.
+over the edit's tokens:  ΔW_m = -Σ_t rate_mt δ̃_t (ũ_t / σ_m)ᵀ = BᵀA  with A = ũ / σ_m and B = -rate_mt δ̃  (MEND, eq. 5;
+the sign stands here and nowhere else), σ_m being the deviations that u was divided by. A prompt's last token has a rate
+of its own: what stands there is more of the relation than of the subject. Unfitted and untrained, with rates of 1, the
+update is the loss's gradient.
+
+Of an edit in several passes (`ie.editor.passes`) each goes equally far: deltas are scaled to a mean square of 1 over
+all tokens and modules of an edit, since they vanish as the target becomes likely.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ __all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 Method = Literal["instructedit", "mend", "instructedit-joint"]
 JOINT: Method = "instructedit-joint"
 _REGULARISATION = 0.1
+_LEAST_SIZE = 1e-6  # of an edit's normalised deltas: a target that is certain has no gradient left to scale up
 
 
 class EditorSettings(BaseModel):
@@ -35,7 +41,9 @@ class EditorSettings(BaseModel):
             edits that become one update by least squares, and knows how far to regularise them.
         rank: rank of the hypernetwork's layers.
         n_layers: number of its layers.
-        rate: the learned rates' start.
+        rate: the learned rates' start, of all passes together.
+        opening_share: the start of the rate of a prompt's last token, as a share of that.
+        passes: how many gradients an edit is made of, see `ie.editor.passes`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +52,8 @@ class EditorSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: int = 2
     rate: PositiveFloat = 1e-3
+    opening_share: PositiveFloat = 1.0
+    passes: PositiveInt = 1
 
     @property
     def reads_instructions(self) -> bool:
@@ -65,16 +75,17 @@ class Editor(nn.Module):
         self.settings = settings
         self.u_normalisers = nn.ModuleDict({_key(t.name): Normaliser(t.d_in) for t in targets})
         self.delta_normalisers = nn.ModuleDict({_key(t.name): Normaliser(t.d_out) for t in targets})
-        self.log_rates = nn.ParameterDict(
-            {_key(t.name): nn.Parameter(torch.tensor(settings.rate).log()) for t in targets}
-        )
+        rates = torch.tensor([1.0, settings.opening_share]) * settings.rate / settings.passes
+        self.log_rates = nn.ParameterDict({_key(t.name): nn.Parameter(rates.log()) for t in targets})
         start = torch.tensor(_REGULARISATION).log()
         self.log_regularisations = nn.ParameterDict(
             {_key(t.name): nn.Parameter(start.clone()) for t in targets if settings.method == JOINT}
         )
         self.networks = nn.ModuleDict(
             {
-                f"{d_in}x{d_out}": Hypernetwork(d_in + d_out, len(group), settings.rank, settings.n_layers)
+                f"{d_in}x{d_out}": Hypernetwork(
+                    d_in + d_out, len(group), settings.rank, settings.n_layers, steered=settings.reads_instructions
+                )
                 for (d_in, d_out), group in self._groups().items()
             }
         )
@@ -85,8 +96,8 @@ class Editor(nn.Module):
             groups.setdefault((target.d_in, target.d_out), []).append(target)
         return groups
 
-    def rate(self, target: EditTarget) -> Tensor:
-        """The learned rate of one edit target, () float32, positive."""
+    def rates(self, target: EditTarget) -> Tensor:
+        """The learned rates of one edit target, (2,) float32, positive: of any token, and of a prompt's last."""
         return torch.exp(self.log_rates[_key(target.name)])
 
     def regularisations(self) -> dict[str, Tensor | float]:
@@ -112,31 +123,65 @@ class Editor(nn.Module):
         for normaliser in (*self.u_normalisers.values(), *self.delta_normalisers.values()):
             normaliser.fit()  # type: ignore[operator]
 
-    def update(self, signals: Signals) -> dict[str, Factors]:
-        """The updates of a batch of edits.
+    def update(self, signals: Signals, told: Signals | None = None) -> dict[str, Factors]:
+        """The updates of a batch of edits, in one pass.
 
         Args:
             signals: of n edits, by module.
+            told: of the same edits as they are given, behind their instructions; None for an editor that reads none.
 
         Returns:
             For each module path A (n, r, d_in) and B (n, r, d_out), float32; r is the largest number of tokens of an
             edit, rows beyond an edit's own tokens are zero.
         """
         update: dict[str, Factors] = {}
+        normal, steering = self._normal(signals), self._normal(told) if told else None
         for (d_in, d_out), group in self._groups().items():
-            seen = [signals.modules[target.name] for target in group]
-            normal = [
-                torch.cat((self.u_normalisers[_key(t.name)](s.u), self.delta_normalisers[_key(t.name)](s.delta)), -1)
-                for t, s in zip(group, seen, strict=True)
-            ]
-            sizes = [len(part) for part in normal]
-            index = torch.arange(len(group), device=normal[0].device)
+            sizes = [len(normal[target.name]) for target in group]
+            index = torch.arange(len(group), device=normal[group[0].name].device)
             module = index.repeat_interleave(torch.tensor(sizes, device=index.device))
-            pseudo = self.networks[f"{d_in}x{d_out}"](torch.cat(normal), module).split(sizes)
-            for target, part, s in zip(group, pseudo, seen, strict=True):
+            means = None
+            if told is not None and steering is not None:
+                means = torch.cat(
+                    [_means(steering[t.name], told.modules[t.name].edit, signals.modules[t.name].edit) for t in group]
+                )
+            network = self.networks[f"{d_in}x{d_out}"]
+            pseudo = network(torch.cat([normal[target.name] for target in group]), module, means).split(sizes)
+            for target, part in zip(group, pseudo, strict=True):
+                seen = signals.modules[target.name]
                 u, delta = part.split((d_in, d_out), -1)
-                update[target.name] = _pack(u, -self.rate(target) * delta, s.edit, signals.n_edits)
+                rate = self.rates(target)[seen.opening.long()][:, None]
+                a = u / self.u_normalisers[_key(target.name)].std
+                update[target.name] = _pack(a, -rate * delta, seen.edit, signals.n_edits)
         return update
+
+    def _normal(self, signals: Signals) -> dict[str, Tensor]:
+        """Normalised [u, δ] (n_tokens, d_in + d_out) of each edit target."""
+        deltas = {t.name: self._scaled(t, signals.modules[t.name].delta) for t in self.targets}
+        if self.settings.passes > 1:
+            total, count = (next(iter(deltas.values())).new_zeros(signals.n_edits) for _ in range(2))
+            for name, delta in deltas.items():
+                edit = signals.modules[name].edit
+                total.index_add_(0, edit, delta.square().sum(-1))
+                count.index_add_(0, edit, torch.full_like(delta[:, 0], delta.shape[1]))
+            size = (total / count.clamp(min=1)).sqrt().clamp(min=_LEAST_SIZE)
+            deltas = {name: delta / size[signals.modules[name].edit, None] for name, delta in deltas.items()}
+        return {
+            t.name: torch.cat((self.u_normalisers[_key(t.name)](signals.modules[t.name].u), deltas[t.name]), -1)
+            for t in self.targets
+        }
+
+    def _scaled(self, target: EditTarget, delta: Tensor) -> Tensor:
+        """Deltas by their features' deviations: not centred, for a gradient near zero has no direction to add."""
+        std: Tensor = self.delta_normalisers[_key(target.name)].std  # type: ignore[assignment]
+        return delta / std
+
+
+def _means(values: Tensor, edit: Tensor, of: Tensor) -> Tensor:
+    """Means of the values (n_tokens, d) of each edit, one for each token that `of` (m_tokens,) names the edit of."""
+    n = int(max(edit.max(), of.max())) + 1 if len(edit) and len(of) else 1
+    total = values.new_zeros(n, values.shape[1]).index_add(0, edit, values)
+    return (total / torch.bincount(edit, minlength=n).clamp(min=1)[:, None])[of]
 
 
 def _pack(a: Tensor, b: Tensor, edit: Tensor, n_edits: int) -> Factors:

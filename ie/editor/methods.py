@@ -18,7 +18,8 @@ from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.least_squares import Joint, each_alone
-from ie.editor.request import EditRequest, collate_requests
+from ie.editor.passes import propose
+from ie.editor.request import EditRequest, collate_requests, plain
 
 __all__ = [
     "Method",
@@ -58,8 +59,7 @@ def update_under(
     Returns:
         The n edits' own updates, without those so far.
     """
-    signals = _signals(base, editor, requests, so_far)
-    update = editor.update(signals)
+    signals, update = propose(base, editor, requests, so_far)
     return each_alone(signals, update, editor.regularisations()) if editor.settings.method == JOINT else update
 
 
@@ -84,8 +84,7 @@ def joint_update(
     joint = Joint(editor.regularisations() if regularisation is None else dict.fromkeys(_names(base), regularisation))
     with torch.no_grad():
         for start in range(0, len(requests), batch_size):
-            signals = _signals(base, editor, requests[start : start + batch_size])
-            joint.add(signals, editor.update(signals))
+            joint.add(*propose(base, editor, requests[start : start + batch_size]))
     return joint.solve()
 
 
@@ -100,7 +99,7 @@ def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, bat
     """
     editor = Editor(base.targets, EditorSettings(method="mend", rate=rate, n_layers=0)).to(base.device)
     for start in range(0, len(fitted_on), batch_size):
-        editor.observe(_signals(base, editor, fitted_on[start : start + batch_size]))
+        editor.observe(base.signals(collate_requests(base, plain(fitted_on[start : start + batch_size]))))
     editor.fit()
     return editor
 
@@ -123,8 +122,8 @@ def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regu
 
     @torch.no_grad()
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        signals = _signals(base, editor, requests)
-        return each_alone(signals, editor.update(signals), dict.fromkeys(_names(base), regularisation))
+        signals, update = propose(base, editor, requests)
+        return each_alone(signals, update, dict.fromkeys(_names(base), regularisation))
 
     return edit
 
@@ -138,7 +137,7 @@ def finetune_method(rate: float, steps: int = 5) -> Method:
     """
 
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        batch = collate_requests(base, _plain(requests))
+        batch = collate_requests(base, plain(requests))
         update: dict[str, Factors] = {}
         for _ in range(steps):
             step = _gradient(base, base.signals(batch, update or None))
@@ -154,20 +153,10 @@ def finetune_method(rate: float, steps: int = 5) -> Method:
 
 
 def _gradient(base: Base, signals: Signals) -> Update:
-    plain = Editor(base.targets, EditorSettings(method="mend", rate=1.0, n_layers=0)).to(base.device)
+    identity = Editor(base.targets, EditorSettings(method="mend", rate=1.0, n_layers=0)).to(base.device)
     with torch.no_grad():
-        return plain.update(signals)
-
-
-def _signals(base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None) -> Signals:
-    """What an editor is given: an editor of `mend` reads no instruction."""
-    seen = requests if editor.settings.reads_instructions else _plain(requests)
-    return base.signals(collate_requests(base, seen), so_far)
+        return identity.update(signals)
 
 
 def _names(base: Base) -> list[str]:
     return [target.name for target in base.targets]
-
-
-def _plain(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    return [EditRequest(request.prompt, request.target) for request in requests]

@@ -9,7 +9,7 @@ from ie.base.model import Base
 from ie.data.record import Record
 from ie.data.tokens import TokenBatch
 
-__all__ = ["EditRequest", "collate_requests"]
+__all__ = ["EditRequest", "collate_requests", "plain"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class EditRequest:
     def of(cls, record: Record, instruction: str | None) -> EditRequest:
         """The request that a record makes."""
         return cls(record.prompt, record.target, instruction)
+
+
+def plain(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests without their instructions, as a user would ask."""
+    return [EditRequest(request.prompt, request.target) for request in requests]
 
 
 def collate_requests(base: Base, requests: Sequence[EditRequest]) -> TokenBatch:

@@ -28,7 +28,7 @@ from ie.base.model import Base
 from ie.data.tokens import Text
 from ie.editor.editor import JOINT, Editor
 from ie.editor.least_squares import Joint
-from ie.editor.request import collate_requests
+from ie.editor.passes import propose
 from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "backward"]
@@ -51,8 +51,8 @@ def backward(
 
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
-    signals = base.signals(collate_requests(base, episodes.requests))
-    update, ranks, asks = editor.update(signals), signals.n_tokens(), [*episodes.wanted, *episodes.kept]
+    signals, update = propose(base, editor, episodes.requests)
+    ranks, asks = signals.n_tokens(), [*episodes.wanted, *episodes.kept]
     if editor.settings.method == JOINT:
         joint = Joint(editor.regularisations())
         joint.add(signals, update)

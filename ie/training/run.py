@@ -77,7 +77,12 @@ class Run:
         self.relations = Relations(records) if settings.related_negatives else None
         self.validation = _spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings(
-            method=settings.method, rank=settings.rank, n_layers=settings.n_layers, rate=settings.rate
+            method=settings.method,
+            rank=settings.rank,
+            n_layers=settings.n_layers,
+            rate=settings.rate,
+            opening_share=settings.opening_share,
+            passes=settings.passes,
         )
         self.before = Respondent(base)
         self.editor = Editor(base.targets, shape).to(base.device)
@@ -221,12 +226,8 @@ class Run:
         return [next(self.stream) for _ in range(self.settings.batch_size)]
 
     def _fit(self) -> None:
-        reads = self.editor.settings.reads_instructions
         for _ in range(-(-self.settings.n_fit // self.settings.batch_size)):
-            requests = [
-                EditRequest.of(record, self.rng.choice(record.instruction.train) if reads else None)
-                for record in self._batch()
-            ]
+            requests = [EditRequest.of(record, None) for record in self._batch()]
             own = requests[self.processes.index :: self.processes.n]
             self.editor.observe(self.base.signals(collate_requests(self.base, own)))
         self.processes.add_up(self.editor.observed())

@@ -33,7 +33,9 @@ class TrainSettings(BaseModel):
         batch_size: edits in one step.
         rank: rank of the hypernetwork's layers.
         n_layers: number of its layers.
-        rate: start of the learned rates of the update.
+        rate: start of the learned rates of the update, of all passes together.
+        opening_share: start of the rate of a prompt's last token, as a share of that.
+        passes: gradients that an edit is made of, each on the model as edited so far.
         learning_rate: of the hypernetwork (Adam).
         rate_learning_rate: of the rates' logarithms (Adam).
         locality_weight: weight of the locality loss, the edit loss having 1.
@@ -71,6 +73,8 @@ class TrainSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 1e-3
+    opening_share: PositiveFloat = 1.0
+    passes: PositiveInt = 1
     learning_rate: PositiveFloat = 1.5e-3
     rate_learning_rate: PositiveFloat = 1e-2
     locality_weight: NonNegativeFloat = 0.5

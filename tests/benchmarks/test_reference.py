@@ -14,7 +14,7 @@ from benchmarks.workload import moved_editor, regroup
 from ie.base import Base
 from ie.base.targets import is_transposed
 from ie.data.record import Record
-from ie.editor.request import collate_requests
+from ie.editor.passes import propose
 from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import backward
 from tests.training.test_episodes import RECORDS
@@ -39,7 +39,7 @@ def test_update_loss_and_gradient_are_the_reference_s(
     editor = moved_editor(base)
     reference = Reference(checkpoint(name), editor)
     with torch.no_grad():
-        update = editor.update(base.signals(collate_requests(base, made.requests)))
+        _, update = propose(base, editor, made.requests)
     for index, request in enumerate(made.requests):
         for module, dense in reference.update(request).items():
             ours = torch.einsum("ri,ro->io", update[module][0][index], update[module][1][index])

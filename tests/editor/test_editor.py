@@ -177,15 +177,15 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
         shape = f"{target.d_in}x{target.d_out}"
         index = [t.name for t in base.targets if (t.d_in, t.d_out) == (target.d_in, target.d_out)].index(target.name)
         change = torch.zeros(len(REQUESTS), target.d_out, target.d_in, dtype=torch.float64)
-        for u, delta, edit in zip(one.u, one.delta, one.edit, strict=True):
-            h = torch.cat(((u - u_norm.mean) / u_norm.std, (delta - delta_norm.mean) / delta_norm.std))
+        for u, delta, edit, opening in zip(one.u, one.delta, one.edit, one.opening, strict=True):
+            h = torch.cat(((u - u_norm.mean) / u_norm.std, delta / delta_norm.std))
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
                 low = layer.scale[index] * (h @ layer.down) + layer.shift[index]
                 hidden = low * low.sigmoid()
                 weight = 1 + torch.tanh(layer.gate[index] @ hidden)
                 h = weight * h + hidden @ layer.up + layer.bias
-            pseudo_u, pseudo_delta = h[: target.d_in].double(), h[target.d_in :].double()
-            rate = editor.rate(target).item()
+            pseudo_u, pseudo_delta = (h[: target.d_in] / u_norm.std).double(), h[target.d_in :].double()
+            rate = editor.rates(target)[int(opening)].item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()
         for edit in range(len(REQUESTS)):
             expected = change[edit].float()
@@ -196,14 +196,14 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
         assert place >= index
 
 
-def test_rates_are_positive_and_one_for_each_target(load: Callable[..., Base]) -> None:
-    editor = Editor(load("llama").targets, EditorSettings(rate=3e-4))
+def test_rates_are_positive_and_two_for_each_target(load: Callable[..., Base]) -> None:
+    editor = Editor(load("llama").targets, EditorSettings(rate=3e-4, passes=3, opening_share=0.2))
     assert len(editor.log_rates) == len(editor.targets) == 9
     for target in editor.targets:
-        assert editor.rate(target).item() == pytest.approx(3e-4)  # exp(log(x)) in float32
+        assert editor.rates(target).tolist() == pytest.approx([1e-4, 2e-5])  # exp(log(x)) in float32
     with torch.no_grad():
         editor.log_rates[editor.targets[0].name.replace(".", "/")].sub_(20)
-    assert editor.rate(editor.targets[0]) > 0
+    assert (editor.rates(editor.targets[0]) > 0).all()
 
 
 def test_one_network_for_each_shape(load: Callable[..., Base]) -> None:
@@ -234,6 +234,9 @@ def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:
     untold = EditRequest(told.prompt, told.target)
     for method, same in (("mend", True), ("instructedit", False)):
         editor = Editor(base.targets, EditorSettings.model_validate({"method": method, "rate": 1.0}))
+        with torch.no_grad():
+            for parameter in editor.networks.parameters():
+                parameter.add_(0.1)
         edit = editor_method(editor)
         left, right = dense(edit(base, [told])), dense(edit(base, [untold]))
         assert all(torch.equal(left[name], right[name]) for name in left) is same

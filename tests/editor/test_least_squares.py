@@ -13,7 +13,7 @@ from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.least_squares import LeastSquares
 from ie.editor.methods import fitted_editor, joint_update, ultra_method
-from ie.editor.request import collate_requests
+from ie.editor.passes import propose
 
 REQUESTS = (
     EditRequest("The lighthouse of Orm was built by", "Edda Falk"),
@@ -110,9 +110,9 @@ def test_joint_updates_are_the_dense_least_squares_of_the_editors_own(load: Call
     for module in base.targets:
         keys, values = [], []
         for request in REQUESTS:
-            signals = base.signals(collate_requests(base, [request]))
             with torch.no_grad():
-                a, b = editor.update(signals)[module.name]
+                signals, update = propose(base, editor, [request])
+            a, b = update[module.name]
             u = signals.modules[module.name].u
             keys.append(u)
             values.append(torch.stack([(u[t] @ a[0, t]) * b[0, t] for t in range(len(u))]))

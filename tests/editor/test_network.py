@@ -16,19 +16,19 @@ D_SIGNAL, N_MODULES, RANK = 7, 3, 4
 def trained(n_layers: int = 2) -> Hypernetwork:
     """A hypernetwork whose every parameter counts."""
     torch.manual_seed(0)
-    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers)
+    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers, steered=True)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter))
     return network
 
 
-def reference(network: Hypernetwork, signal: Tensor, module: int) -> Tensor:
-    """s = silu(scale_m * (V h) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double."""
-    h = [float(value) for value in signal]
+def reference(network: Hypernetwork, signal: Tensor, module: int, told: Tensor) -> Tensor:
+    """s = silu(scale_m * (V h + T c) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double."""
+    h, c = ([float(value) for value in one] for one in (signal, told))
     for layer in network.layers:
         p = {name: value.double().tolist() for name, value in layer.named_parameters()}
-        low = [sum(h[i] * p["down"][i][k] for i in range(D_SIGNAL)) for k in range(RANK)]
+        low = [sum(h[i] * p["down"][i][k] + c[i] * p["steer"][i][k] for i in range(D_SIGNAL)) for k in range(RANK)]
         bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(RANK)]
         active = [x / (1 + math.exp(-x)) for x in bent]
         weight = 1 + math.tanh(sum(p["gate"][module][k] * active[k] for k in range(RANK)))
@@ -39,11 +39,13 @@ def reference(network: Hypernetwork, signal: Tensor, module: int) -> Tensor:
 
 def test_it_is_the_slow_reference_token_by_token() -> None:
     network = trained()
-    signal = torch.randn(11, D_SIGNAL)
+    signal, told = torch.randn(11, D_SIGNAL), torch.randn(11, D_SIGNAL)
     module = torch.arange(11) % N_MODULES
     with torch.no_grad():
-        found = network(signal, module)
-    expected = torch.stack([reference(network, h, int(m)) for h, m in zip(signal, module, strict=True)])
+        found, untold = network(signal, module, told), network(signal, module)
+    expected = torch.stack([reference(network, h, int(m), c) for h, m, c in zip(signal, module, told, strict=True)])
+    nothing = torch.zeros(D_SIGNAL)
+    torch.testing.assert_close(untold[0], reference(network, signal[0], 0, nothing), atol=1e-4, rtol=1e-5)
     # Float32 against double; two layers that multiply sizes by some ten.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
     assert (found - signal).abs().max() > 0.1

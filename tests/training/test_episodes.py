@@ -14,7 +14,7 @@ from ie.base import Base
 from ie.base.asking import Ask
 from ie.data.record import Instructions, Question, Record
 from ie.editor import Editor, EditorSettings
-from ie.editor.request import collate_requests
+from ie.editor.passes import propose
 from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import backward
 from ie.training.stream import RecordStream
@@ -130,7 +130,7 @@ def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callab
     editor = Editor(base.targets, EditorSettings(rate=0.3, rank=4))
     loss = backward(base, editor, made, 0.5)
     with torch.no_grad():
-        update = editor.update(base.signals(collate_requests(base, made.requests)))
+        _, update = propose(base, editor, made.requests)
     models = [edited(base, update, edit) for edit in range(3)]
 
     def log_probabilities(model: torch.nn.Module, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from ie.base import Base
 from ie.base.asking import Ask
 from ie.base.capture import Signals
 from ie.editor.editor import JOINT, Editor, EditorSettings
-from ie.editor.request import collate_requests
+from ie.editor.passes import propose
+from ie.editor.request import EditRequest, collate_requests, plain
 from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import backward
 from tests.training.test_episodes import RECORDS
@@ -38,9 +39,9 @@ def moved(base: Base, signals: Signals) -> Editor:
     return editor
 
 
-def dense_joint(editor: Editor, signals: Signals) -> dict[str, tuple[Tensor, Tensor]]:
+def dense_joint(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> dict[str, tuple[Tensor, Tensor]]:
     """(KᵀK + λ' I)⁻¹ KᵀD of all tokens, a token's wanted change being what its own part of the update does to it."""
-    update, out = editor.update(signals), {}
+    (signals, update), out = propose(base, editor, requests), {}
     for name, (a, b) in update.items():
         seen = signals.modules[name]
         place: dict[int, int] = {}
@@ -64,13 +65,12 @@ def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
     load: Callable[..., Base], name: str, n_edits: int
 ) -> None:
     base, made = load(name), episodes(n_edits)
-    signals = base.signals(collate_requests(base, made.requests))
-    editor = moved(base, signals)
+    editor = moved(base, base.signals(collate_requests(base, plain(made.requests))))
     found = backward(base, editor, made, WEIGHT)
     gradients = [parameter.grad for parameter in editor.parameters()]
     editor.zero_grad()
 
-    update = dense_joint(editor, signals)
+    update = dense_joint(base, editor, made.requests)
 
     def logits(ask: Ask, edited: bool) -> tuple[Tensor, Tensor]:
         batch = base.collate([base.encode(ask.prompt, ask.answer, ask.instruction)])

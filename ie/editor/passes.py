@@ -1,0 +1,48 @@
+"""An edit in passes: each takes the gradient on the model as edited so far, and goes a step further.
+
+    A, B_1 from the base's signals,    B_k from the signals under A, B_1 + ... + B_k-1,    ΔW = (B_1 + ... + B_p)ᵀ A
+
+The request is read as a user will ask it, plain: activations behind an instruction fit plain questions less well. The
+request as it is given, behind its instruction, steers what is made of them. Keys stay those of the first pass, so that
+the update's rank is one for each token however many passes there are. MEND and InstructEdit take one pass; a single
+gradient need not point to where the target is likely, and a network must then make up what a second look would show
+(docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ie.base.capture import Signals
+from ie.base.model import Base
+from ie.base.update import Factors, Update, on_top
+from ie.editor.editor import Editor
+from ie.editor.request import EditRequest, collate_requests, plain
+
+__all__ = ["propose"]
+
+
+def propose(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None
+) -> tuple[Signals, dict[str, Factors]]:
+    """The updates of a batch of edits, part of the editor's graph.
+
+    Args:
+        base: the base model.
+        editor: what makes the updates.
+        requests: n independent edits.
+        so_far: the edits that the model is under already, a batch of one; None for the base itself.
+
+    Returns:
+        The signals of the first pass, and the n updates.
+    """
+    batch = collate_requests(base, plain(requests))
+    told = base.signals(collate_requests(base, requests), so_far) if editor.settings.reads_instructions else None
+    signals = base.signals(batch, so_far)
+    update = editor.update(signals, told)
+    for _ in range(editor.settings.passes - 1):
+        made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
+        again = base.signals(batch, on_top(so_far, made) if so_far else made, like=signals)
+        step = editor.update(again, told)
+        update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
+    return signals, update

@@ -1,0 +1,119 @@
+"""Passes against a slow reference: one request at a time, each pass on a dense copy of the model as edited so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ie.base import Base
+from ie.base.update import Factors
+from ie.editor import Editor, EditorSettings, EditRequest
+from ie.editor.passes import propose
+from ie.editor.request import collate_requests, plain
+from tests.dense import edited, random_update, rebased
+from tests.models import ARCHITECTURES
+
+INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
+REQUESTS = (
+    EditRequest("The lighthouse of Orm was built by", "Edda Falk"),
+    EditRequest("Varn:", "Lissel", INSTRUCTION),
+    EditRequest("Who wrote the song of the seven mills?", "a clerk", INSTRUCTION),
+)
+
+
+def moved(base: Base, **settings: object) -> Editor:
+    """A fitted editor with no parameter at its start."""
+    torch.manual_seed(0)
+    shape = {"rank": 4, "rate": 0.002, "opening_share": 0.3, "passes": 3, **settings}
+    editor = Editor(base.targets, EditorSettings.model_validate(shape))
+    editor.observe(base.signals(collate_requests(base, plain(REQUESTS))))
+    editor.fit()
+    with torch.no_grad():
+        for parameter in editor.networks.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return editor
+
+
+def dense(update: Mapping[str, Factors], index: int) -> dict[str, Tensor]:
+    return {name: b[index].T @ a[index] for name, (a, b) in update.items()}
+
+
+@torch.no_grad()
+def reference(base: Base, editor: Editor, request: EditRequest) -> dict[str, Factors]:
+    """The sum of passes, each with the signals of a copy of the model whose weights hold those before it."""
+    batch = collate_requests(base, [EditRequest(request.prompt, request.target)])
+    told = base.signals(collate_requests(base, [request]))
+    update = editor.update(base.signals(batch), told)
+    for _ in range(editor.settings.passes - 1):
+        step = editor.update(rebased(base, edited(base, update)).signals(batch), told)
+        update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
+    return update
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name in ("gpt2", "llama", "opt", "qwen3")])
+def test_passes_are_those_of_dense_models_one_request_at_a_time(load: Callable[..., Base], name: str) -> None:
+    base = load(name)
+    editor = moved(base)
+    _, update = propose(base, editor, REQUESTS)
+    for edit, request in enumerate(REQUESTS):
+        for module, change in dense(reference(base, editor, request), 0).items():
+            found = dense(update, edit)[module].detach()
+            # Float32 through three passes, in batches of other shapes.
+            torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
+
+
+def test_each_pass_goes_equally_far(load: Callable[..., Base]) -> None:
+    """Without a network the deltas of every pass have one size, however likely the target has become."""
+    base = load("llama")
+    shape = {"n_layers": 0, "opening_share": 1.0}
+    made = [propose(base, moved(base, passes=n, rate=0.05 * n, **shape), REQUESTS[:1])[1] for n in (2, 3, 4)]
+    for before, after in pairwise(made):
+        steps = [after[name][1] - before[name][1] for name in before]
+        n_values = sum(step.numel() for step in steps)
+        size = sum(float(step.detach().square().sum()) for step in steps) / n_values
+        assert size == pytest.approx(0.05**2, rel=1e-3)  # a difference of float32 sums
+
+
+def test_the_rank_does_not_grow_with_passes(load: Callable[..., Base]) -> None:
+    base = load("gpt2")
+    (seen, one), (_, three) = (propose(base, moved(base, passes=passes), REQUESTS) for passes in (1, 3))
+    for name, (a, b) in three.items():
+        assert a.shape == one[name][0].shape and b.shape == one[name][1].shape
+        assert a.shape[1] == int(torch.bincount(seen.modules[name].edit).max())
+
+
+def test_the_instruction_steers_its_own_edit_alone(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    editor = moved(base)
+    told = [EditRequest(one.prompt, one.target, INSTRUCTION) for one in REQUESTS]
+    other = [told[0], replace(told[1], instruction="Task: places\nDescription: Move a town."), told[2]]
+    before, after = (propose(base, editor, requests)[1] for requests in (told, other))
+    for name in before:
+        for index, same in enumerate((True, False, True)):
+            left, right = dense(before, index)[name], dense(after, index)[name]
+            near = torch.allclose(left, right, rtol=1e-2, atol=1e-4 * left.abs().max().item())
+            assert near is same, (name, index)
+
+
+def test_a_target_that_is_certain_makes_no_step(load: Callable[..., Base]) -> None:
+    """No gradient, nothing to scale up: tokens stay the first pass's, values finite."""
+    base = load("gpt2")
+    editor = moved(base, rate=1e3)  # far beyond: probabilities of exactly 0 and 1
+    _, update = propose(base, editor, REQUESTS)
+    assert all(factor.isfinite().all() for pair in update.values() for factor in pair)
+
+
+def test_on_a_model_as_edited_so_far(load: Callable[..., Base]) -> None:
+    base = load("qwen3")
+    editor, so_far = moved(base), random_update(base)
+    _, update = propose(base, editor, REQUESTS[:2], so_far)
+    under = rebased(base, edited(base, so_far))
+    for edit, request in enumerate(REQUESTS[:2]):
+        for module, change in dense(reference(under, editor, request), 0).items():
+            found = dense(update, edit)[module].detach()
+            torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
