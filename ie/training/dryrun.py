@@ -55,8 +55,8 @@ def _seconds(model: nn.Module, targets: tuple[EditTarget, ...], plan: Plan, sett
 
     def products(n_requests: float, n_plain: float, n_instructed: float, backward: int) -> float:
         n_asked = n_plain * _PLAIN_TOKENS + n_instructed * _INSTRUCTED_TOKENS
-        n_edited = n_requests * _INSTRUCTED_TOKENS
-        prefix = targets[0].block * of_block * (n_edited + n_asked)
+        n_edited = n_requests * (_INSTRUCTED_TOKENS + settings.passes * _PLAIN_TOKENS)
+        prefix = targets[0].block * of_block * (n_requests * (_INSTRUCTED_TOKENS + _PLAIN_TOKENS) + n_asked)
         suffix = n_suffix * of_block * (2 * n_edited + (1 + backward) * n_asked)  # signals always go backward
         head = n_head * _ANSWER_TOKENS * (n_requests + (1 + backward) * (n_plain + n_instructed))
         return 2 * (prefix + suffix + head)

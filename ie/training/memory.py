@@ -56,10 +56,11 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     _, blocks = find_blocks(model)
     targets = find_targets(model)
     with torch.device("meta"):
-        editor = Editor(targets, EditorSettings(rank=settings.rank, n_layers=settings.n_layers))
+        shape = EditorSettings(method=settings.method, rank=settings.rank, n_layers=settings.n_layers)
+        editor = Editor(targets, shape)
     weights = sum(p.numel() for p in editor.parameters()) * 4
     on_gpu = plan.device.type == "cuda"
-    one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings.n_layers)
+    one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings)
     parts = {
         "base": _base_bytes(model, blocks, plan),
         "activations": _activation_bytes(model, len(blocks) - targets[0].block, plan, settings),
@@ -79,13 +80,14 @@ def _width(model: nn.Module) -> int:
     return sum(target.d_in + target.d_out for target in find_targets(model))
 
 
-def _edit_bytes(model: nn.Module, n_blocks: int, plan: Plan, n_edits: int, n_layers: int) -> int:
-    """What making edits holds at once: the suffix's graph, then the editor's."""
+def _edit_bytes(model: nn.Module, n_blocks: int, plan: Plan, n_edits: int, settings: TrainSettings) -> int:
+    """What making edits holds at once: the suffix's graph, then the editor's, of all passes."""
     d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
     width = _width(model)
     outputs = sum(target.d_out for target in find_targets(model))  # a non-linearity written in parts keeps each of them
     graph = n_edits * _INSTRUCTED_TOKENS * (width + 2 * outputs + 8 * n_blocks * d_model) * plan.dtype.itemsize
-    editor = n_edits * _EDIT_TOKENS * width * 4 * (3 + n_layers)  # normalised, a residual a layer, packed twice
+    of_pass = 3 + settings.n_layers  # normalised, a residual a layer, packed twice
+    editor = n_edits * _EDIT_TOKENS * width * 4 * (settings.passes * of_pass + 2)  # and twice the instruction's
     return int(graph + editor)
 
 
@@ -100,7 +102,7 @@ def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: Tra
         logits = n_texts * _ANSWER_TOKENS * n_vocab * plan.dtype.itemsize
         return copies * (n_texts * factors + logits) + 3 * n_tokens * d_out * plan.dtype.itemsize
 
-    made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings.n_layers)
+    made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings)
     per_edit = 3 + settings.n_negatives
     n_step = _STEP_TOKENS if plan.device.type == "cpu" else _GPU_STEP_TOKENS
     step = made + asked(min(n_step, settings.batch_size * per_edit * _PLAIN_TOKENS), copies=2)
