@@ -47,6 +47,33 @@ class Signals:
     modules: dict[str, ModuleSignals]
     n_edits: int
 
+    def of(self, edits: Sequence[int]) -> Signals:
+        """Those of some requests, ascending, numbered anew."""
+        modules = {}
+        for name, one in self.modules.items():
+            number = one.edit.new_full((self.n_edits,), -1)
+            number[list(edits)] = torch.arange(len(edits), device=number.device)
+            kept = number[one.edit] >= 0
+            modules[name] = ModuleSignals(
+                one.u[kept], one.delta[kept], number[one.edit[kept]], one.position[kept], one.opening[kept]
+            )
+        return Signals(modules, len(edits))
+
+    @classmethod
+    def together(cls, parts: Sequence[Signals], edits: Sequence[Sequence[int]]) -> Signals:
+        """The signals of all requests, from those of some at a time; `edits` are the parts' requests, ascending."""
+        modules = {}
+        for name in parts[0].modules:
+            of = [part.modules[name] for part in parts]
+            edit = torch.cat(
+                [torch.tensor(n, device=one.edit.device)[one.edit] for one, n in zip(of, edits, strict=True)]
+            )
+            order = edit.argsort(stable=True)
+            fields = ("u", "delta", "position", "opening")
+            values = {field: torch.cat([getattr(one, field) for one in of])[order] for field in fields}
+            modules[name] = ModuleSignals(edit=edit[order], **values)
+        return cls(modules, sum(part.n_edits for part in parts))
+
     def n_tokens(self) -> list[int]:
         """For each request the largest number of tokens that a module kept of it: the rank of its update."""
         counts = [torch.bincount(one.edit, minlength=self.n_edits) for one in self.modules.values()]

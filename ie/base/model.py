@@ -147,6 +147,24 @@ class Base:
             update: edits to compute under, n or a batch of one; None for the base itself.
             like: signals of the same batch, whose tokens are to be taken; None takes those with a gradient.
         """
+        # One long request among short ones would have all of them padded to its length.
+        doublings: dict[int, list[int]] = {}
+        for row, text in enumerate(batch.texts):
+            doublings.setdefault((len(text.ids) - text.n_instruction).bit_length(), []).append(row)
+        groups = [rows for _, rows in sorted(doublings.items())]
+        if len(groups) == 1:
+            return self._signals(batch, update, like)
+        parts = [
+            self._signals(
+                self.collate([batch.texts[row] for row in rows]),
+                update and {name: (_rows(a, rows), _rows(b, rows)) for name, (a, b) in update.items()},
+                like and like.of(rows),
+            )
+            for rows in groups
+        ]
+        return Signals.together(parts, groups)
+
+    def _signals(self, batch: TokenBatch, update: Update | None, like: Signals | None) -> Signals:
         hidden, context = self.prefixes.hidden(batch), None
         if update is None:  # under an edit an instruction's tokens hand on something else
             context = self._instructions.context(batch)
@@ -203,6 +221,11 @@ class Base:
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
         return ids[:end]
+
+
+def _rows(factor: Tensor, rows: list[int]) -> Tensor:
+    """Some of n edits' factors; those of a single one are for every row."""
+    return factor if len(factor) == 1 else factor[rows]
 
 
 def _open_file(key: str, model: nn.Module) -> StateFile | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ie.base import Base
 from ie.base.capture import recording, row_mean
 from ie.editor.request import EditRequest, collate_requests
-from tests.dense import dense_gradients, dequantised, state_hash
+from tests.dense import dense_gradients, dequantised, random_update, state_hash
 from tests.models import ARCHITECTURES
 
 INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
@@ -142,3 +142,24 @@ def test_hooks_go_after_an_exception(load: Callable[..., Base]) -> None:
 
 def test_row_mean_is_a_mean_for_each_row() -> None:
     assert row_mean(torch.tensor([1.0, 3.0]), torch.tensor([1, 1]), 2).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_requests_of_other_lengths_change_nothing(load: Callable[..., Base], name: str) -> None:
+    """Long and short ones are run apart, also on an edited model and with another's tokens."""
+    base = load(name)
+    long = EditRequest(" ".join([REQUESTS[0].prompt] * 4), REQUESTS[0].target)
+    requests = [REQUESTS[1], long, REQUESTS[0], EditRequest("Varn:", "a clerk", INSTRUCTION), long]
+    update = random_update(base, n=len(requests))
+    first = base.signals(collate_requests(base, requests))
+    for found, edits in ((first, None), (base.signals(collate_requests(base, requests), update, like=first), update)):
+        for edit, request in enumerate(requests):
+            own = edits and {module: (a[edit][None], b[edit][None]) for module, (a, b) in edits.items()}
+            alone = base.signals(collate_requests(base, [request]), own)
+            for module, one in found.of([edit]).modules.items():
+                expected = alone.modules[module]
+                assert torch.equal(one.position, expected.position) and torch.equal(one.opening, expected.opening)
+                torch.testing.assert_close(one.u, expected.u, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(one.delta, expected.delta, atol=1e-5, rtol=1e-3)
+    assert all(torch.equal(one.edit, one.edit.sort().values) for one in first.modules.values())
+    assert sum(one.opening.sum() for one in first.modules.values()) == len(requests) * len(base.targets)
