@@ -47,11 +47,19 @@ class Reference:
     def update(self, request: EditRequest) -> Dense:
         """ΔW of one edit, part of the editor's graph."""
         plain, given = (Ask(request.prompt, request.target, told) for told in (None, request.instruction))
-        factors = self.editor.update(self._signals(plain), self._signals(given))
+        told, seen = self._signals(given, {}), self._signals(plain, {})
+        factors = self.editor.update(seen, told)
+        for _ in range(self.editor.settings.passes - 1):
+            so_far = {name: change.detach() for name, change in self._dense(factors).items()}
+            step = self.editor.update(self._signals(plain, so_far, seen), told)
+            factors = {name: (a, b + step[name][1]) for name, (a, b) in factors.items()}
+        return self._dense(factors)
+
+    def _dense(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Dense:
         dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
         return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
 
-    def _signals(self, ask: Ask) -> Signals:
+    def _signals(self, ask: Ask, so_far: Dense, like: Signals | None = None) -> Signals:
         batch = self._collate([ask])
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -61,21 +69,21 @@ class Reference:
 
             return hook
 
-        targets = self.editor.targets
+        targets, n_instruction = self.editor.targets, batch.texts[0].n_instruction
         handles = [self.model.get_submodule(t.name).register_forward_hook(keep(t.name)) for t in targets]
         try:
-            logits = self.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-            nn.functional.cross_entropy(logits[batch.predicts], batch.labels, reduction="sum").backward()
+            logits = self._logits(batch, so_far)
+            nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
         finally:
             for handle in handles:
                 handle.remove()
         signals = {}
         for target in targets:
             u, delta = seen[target.name]
-            rows = batch.editable[0] & (delta != 0).any(-1)
-            place = rows.nonzero()[:, 0]
-            edit, position = torch.zeros_like(place), place - batch.texts[0].n_instruction
-            signals[target.name] = ModuleSignals(u[place], delta[place], edit, position, batch.opening[0][place])
+            place = (batch.editable[0] & (delta != 0).any(-1)).nonzero()[:, 0]
+            place = place if like is None else like.modules[target.name].position + n_instruction
+            edit, opening = torch.zeros_like(place), batch.opening[0][place]
+            signals[target.name] = ModuleSignals(u[place], delta[place], edit, place - n_instruction, opening)
         self.model.zero_grad()
         return Signals(signals, 1)
 

@@ -83,7 +83,7 @@ def train(
         typer.Option("--device-map", help="auto: spread a large base over all devices.", show_default="one device"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="300")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps.", show_default="150")
     ] = None,
     minutes: Annotated[
         float | None,

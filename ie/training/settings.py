@@ -64,7 +64,7 @@ class TrainSettings(BaseModel):
     device: str = "auto"
     device_map: Literal["auto"] | None = None
     method: Literal["instructedit", "mend", "instructedit-joint"] = "instructedit"
-    steps: PositiveInt = 300
+    steps: PositiveInt = 150
     minutes: PositiveFloat | None = None
     seed: int = 0
     balance: bool = True
@@ -73,8 +73,8 @@ class TrainSettings(BaseModel):
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 1e-3
-    opening_share: PositiveFloat = 1.0
-    passes: PositiveInt = 1
+    opening_share: PositiveFloat = 0.1
+    passes: PositiveInt = 3
     learning_rate: PositiveFloat = 1.5e-3
     rate_learning_rate: PositiveFloat = 1e-2
     locality_weight: NonNegativeFloat = 0.5
