@@ -46,7 +46,7 @@ HARMONIC = "harmonic-mean"
 # Chosen for published facts, where an edit spreads to the same relation of other subjects first (docs/experiments.md).
 SETTINGS = {
     "balance": False, "related_negatives": True, "n_negatives": 1, "locality_weight": 1.0,
-    "learning_rate": 1.2e-3, "passes": 5, "opening_share": 0.1, "validate_every": 200, "patience": None,
+    "learning_rate": 1.2e-3, "passes": 5, "rate": 1e-3, "validate_every": 200, "patience": None,
 }  # fmt: skip
 CONFIG = "training.yaml"
 # zsre is held out and has no specialist: no editor may have seen it.

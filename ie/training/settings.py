@@ -72,7 +72,7 @@ class TrainSettings(BaseModel):
     batch_size: PositiveInt = 16
     rank: PositiveInt = 128
     n_layers: NonNegativeInt = 2
-    rate: PositiveFloat = 1e-3
+    rate: PositiveFloat = 4e-3
     opening_share: PositiveFloat = 0.1
     passes: PositiveInt = 3
     learning_rate: PositiveFloat = 1.5e-3

@@ -26,7 +26,7 @@ QUICK = "validate_every: 4\nn_validation: 8\nn_fit: 16\nbatch_size: 4\nrank: 16\
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small dataset and an editor trained for a few steps on the bundled base."""
     folder = tmp_path_factory.mktemp("pipeline")
-    (folder / "quick.yaml").write_text(QUICK + "rate: 1e-3\n")
+    (folder / "quick.yaml").write_text(QUICK)
     ie("build", "--out", folder / "data", "--limit", 40)
     ie("train", "--data", folder / "data", "--out", folder / "editor", "--steps", 8, "--config", folder / "quick.yaml")
     return folder
