@@ -4,8 +4,8 @@ DATA is a dataset folder. No editor takes part. What a block's MLP puts out at o
 last token, or the prompt's last) is moved by gradient descent until the model gives the target, and the move is hung
 on the MLP's own input there through the inverse of that input's second moment: ROME's update (arXiv 2202.05262,
 section 3.1) as the least squares of the places of one or two contexts, the request alone and behind an instruction.
-So a row says what a perfect editor of single gradients could not pass: where keys tell a subject from its neighbours,
-and how far they carry to other wordings. Test records, plain questions, forced, percent.
+So a row says how well keys at that place tell a subject from its neighbours, and how far they carry to other wordings.
+Test records, plain questions, forced, percent.
 """
 
 from __future__ import annotations

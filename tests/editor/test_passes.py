@@ -100,7 +100,7 @@ def test_the_instruction_steers_its_own_edit_alone(load: Callable[..., Base]) ->
             assert near is same, (name, index)
 
 
-def test_a_target_that_is_certain_makes_no_step(load: Callable[..., Base]) -> None:
+def test_passes_far_beyond_the_target_stay_finite(load: Callable[..., Base]) -> None:
     """No gradient, nothing to scale up: tokens stay the first pass's, values finite."""
     base = load("gpt2")
     editor = moved(base, rate=1e3)  # far beyond: probabilities of exactly 0 and 1
