@@ -61,8 +61,7 @@ def regroup(batches: Sequence[Episodes], seed: int = 1) -> list[Episodes]:
 def moved_editor(base: Base) -> Editor:
     """A default editor off its start, where half of its network would be zero."""
     torch.manual_seed(0)
-    names = ("rank", "n_layers", "rate", "opening_share", "passes")
-    editor = Editor(base.targets, EditorSettings(**{name: getattr(SETTINGS, name) for name in names}))
+    editor = Editor(base.targets, EditorSettings.model_validate(SETTINGS, from_attributes=True))
     with torch.no_grad():
         for parameter in editor.networks.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))

@@ -135,13 +135,13 @@ class Editor(nn.Module):
             edit, rows beyond an edit's own tokens are zero.
         """
         update: dict[str, Factors] = {}
-        normal, steering = self._normal(signals), self._normal(told) if told else None
+        normal, steering = self._normal(signals), {} if told is None else self._normal(told)
         for (d_in, d_out), group in self._groups().items():
             sizes = [len(normal[target.name]) for target in group]
             index = torch.arange(len(group), device=normal[group[0].name].device)
             module = index.repeat_interleave(torch.tensor(sizes, device=index.device))
             means = None
-            if told is not None and steering is not None:
+            if told is not None:
                 means = torch.cat(
                     [_means(steering[t.name], told.modules[t.name].edit, signals.modules[t.name].edit) for t in group]
                 )

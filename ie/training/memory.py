@@ -56,8 +56,7 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     _, blocks = find_blocks(model)
     targets = find_targets(model)
     with torch.device("meta"):
-        shape = EditorSettings(method=settings.method, rank=settings.rank, n_layers=settings.n_layers)
-        editor = Editor(targets, shape)
+        editor = Editor(targets, EditorSettings.model_validate(settings, from_attributes=True))
     weights = sum(p.numel() for p in editor.parameters()) * 4
     on_gpu = plan.device.type == "cuda"
     one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings)

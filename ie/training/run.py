@@ -76,14 +76,7 @@ class Run:
         self.stream = RecordStream(records, settings.balance, self.rng)
         self.relations = Relations(records) if settings.related_negatives else None
         self.validation = _spread(validation, settings.n_validation, settings.seed)
-        shape = EditorSettings(
-            method=settings.method,
-            rank=settings.rank,
-            n_layers=settings.n_layers,
-            rate=settings.rate,
-            opening_share=settings.opening_share,
-            passes=settings.passes,
-        )
+        shape = EditorSettings.model_validate(settings, from_attributes=True)  # fields of the same names
         self.before = Respondent(base)
         self.editor = Editor(base.targets, shape).to(base.device)
         logarithms = [*self.editor.log_rates.parameters(), *self.editor.log_regularisations.parameters()]
