@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ie.base.asking import Ask
 from ie.base.capture import ModuleSignals, Signals
-from ie.base.targets import is_transposed
+from ie.base.instructions import Readings
+from ie.base.targets import is_transposed, read_target
 from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 from ie.editor.editor import Editor
 from ie.editor.request import EditRequest
@@ -46,8 +47,8 @@ class Reference:
 
     def update(self, request: EditRequest) -> Dense:
         """ΔW of one edit, part of the editor's graph."""
-        plain, given = (Ask(request.prompt, request.target, told) for told in (None, request.instruction))
-        told, seen = self._signals(given, {}), self._signals(plain, {})
+        plain = Ask(request.prompt, request.target, None)
+        told, seen = self._read(request.instruction), self._signals(plain, {})
         factors = self.editor.update(seen, told)
         for _ in range(self.editor.settings.passes - 1):
             so_far = {name: change.detach() for name, change in self._dense(factors).items()}
@@ -58,6 +59,19 @@ class Reference:
     def _dense(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Dense:
         dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
         return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
+
+    def _read(self, instruction: str | None) -> Readings | None:
+        if not self.editor.settings.reads_instructions:
+            return None
+        if instruction is None:
+            return Readings(torch.zeros(1, read_target(self.editor.targets).d_in), torch.tensor([False]))
+        seen: list[Tensor] = []
+        module = self.model.get_submodule(read_target(self.editor.targets).name)
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+        with torch.no_grad():
+            self.model(input_ids=torch.tensor([self.encode("", "", instruction).ids]), use_cache=False)
+        handle.remove()
+        return Readings(seen[0].mean(0, keepdim=True), torch.tensor([True]))
 
     def _signals(self, ask: Ask, so_far: Dense, like: Signals | None = None) -> Signals:
         batch = self._collate([ask])

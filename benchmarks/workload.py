@@ -20,6 +20,7 @@ from ie.training.stream import RecordStream
 __all__ = ["Training", "draw_episodes", "moved_editor", "regroup"]
 
 SETTINGS = TrainSettings()
+_INSTRUCTIONS = ("Task: places\nDescription: Move a town.", "Change who somebody works for.", "Correct the date.")
 
 
 def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
@@ -62,6 +63,9 @@ def moved_editor(base: Base) -> Editor:
     """A default editor off its start, where half of its network would be zero."""
     torch.manual_seed(0)
     editor = Editor(base.targets, EditorSettings.model_validate(SETTINGS, from_attributes=True))
+    if editor.steering is not None:  # unfitted no instruction would say anything
+        editor.steering.observe(base.read(_INSTRUCTIONS).inputs)
+        editor.steering.fit()
     with torch.no_grad():
         for parameter in editor.networks.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))

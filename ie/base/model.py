@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ie.base.capture import Signals, recording
-from ie.base.instructions import InstructionStore
+from ie.base.instructions import InstructionReader, Readings
 from ie.base.likelihood import nll
 from ie.base.prefix import PrefixStore
 from ie.base.statefile import StateFile
 from ie.base.store import TextStore
 from ie.base.suffix import Decoder, run_head, run_suffix, run_to_head
-from ie.base.targets import EditTarget
+from ie.base.targets import EditTarget, read_target
 from ie.base.update import Update, adding
 from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 
@@ -88,8 +87,8 @@ class Base:
         return PrefixStore(self.decoder, store)
 
     @cached_property
-    def _instructions(self) -> InstructionStore:
-        return InstructionStore(self.decoder, self.prefixes)
+    def _reader(self) -> InstructionReader:
+        return InstructionReader(self.decoder, read_target(self.targets), self.prefixes)
 
     @cached_property
     def _into_head(self) -> TextStore:
@@ -98,7 +97,7 @@ class Base:
     @property
     def stores(self) -> dict[str, TextStore]:
         """What is computed once and kept, by name; a training's checkpoint holds their states."""
-        return {"prefix": self.prefixes.store, "instructions": self._instructions.store, "head": self._into_head}
+        return {"prefix": self.prefixes.store, "instructions": self._reader.store, "head": self._into_head}
 
     @property
     def pad_id(self) -> int:
@@ -139,6 +138,10 @@ class Base:
 
         return run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
 
+    def read(self, instructions: Sequence[str | None]) -> Readings:
+        """What the base makes of instructions; see `ie.base.instructions`."""
+        return self._reader([one if one is None else self.encode("", "", one) for one in instructions], self.device)
+
     def signals(self, batch: TokenBatch, update: Update | None = None, like: Signals | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`.
 
@@ -150,7 +153,7 @@ class Base:
         # One long request among short ones would have all of them padded to its length.
         doublings: dict[int, list[int]] = {}
         for row, text in enumerate(batch.texts):
-            doublings.setdefault((len(text.ids) - text.n_instruction).bit_length(), []).append(row)
+            doublings.setdefault(len(text.ids).bit_length(), []).append(row)
         groups = [rows for _, rows in sorted(doublings.items())]
         if len(groups) == 1:
             return self._signals(batch, update, like)
@@ -165,18 +168,13 @@ class Base:
         return Signals.together(parts, groups)
 
     def _signals(self, batch: TokenBatch, update: Update | None, like: Signals | None) -> Signals:
-        hidden, context = self.prefixes.hidden(batch), None
-        if update is None:  # under an edit an instruction's tokens hand on something else
-            context = self._instructions.context(batch)
-            own = [row[text.n_instruction : len(text.ids)] for row, text in zip(hidden, batch.texts, strict=True)]
-            hidden = pad_sequence(own, batch_first=True)
-            batch = self.collate([text.without_instruction() for text in batch.texts])
+        hidden = self.prefixes.hidden(batch)
         with (
             torch.enable_grad(),
             adding(self.model, update) if update else nullcontext(),
             recording(self.model, self.targets) as recorder,
         ):
-            logits = run_suffix(self.decoder, batch, hidden, context)
+            logits = run_suffix(self.decoder, batch, hidden)
             # A sum over the answer's tokens, not a mean: a long answer's first token, on which all others hang, must
             # be moved as far as a short answer's.
             _, gradient = nll(logits.detach(), batch.labels)

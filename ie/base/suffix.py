@@ -20,30 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ie.data.tokens import TokenBatch
 
-__all__ = ["Context", "Decoder", "run_head", "run_into_cache", "run_prefix", "run_suffix", "run_to_head"]
+__all__ = ["Decoder", "run_head", "run_prefix", "run_suffix", "run_to_head"]
 
 
 class _SeenEnoughError(Exception):
     """Ends a run where the rest is of no interest; never leaves this file."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What stands before the tokens of a batch, as attention sees it. Good for one run, which adds to the cache.
-
-    Attributes:
-        cache: keys and values at `t` places before them.
-        mask: (n, t) bool, False where there is nothing.
-        n_before: (n,) int64, how many tokens stand before each row's.
-    """
-
-    cache: DynamicCache
-    mask: Tensor
-    n_before: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,30 +81,16 @@ def run_prefix(decoder: Decoder, batch: TokenBatch) -> Tensor:
     return kept[0]
 
 
-def run_suffix(decoder: Decoder, batch: TokenBatch, hidden: Tensor, context: Context | None = None) -> Tensor:
+def run_suffix(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
     """Logits (n_answer, n_vocab) at the positions that predict an answer token, row by row.
 
     Args:
         decoder: the split model.
         batch: the texts.
         hidden: (n, t, d_model), what `run_prefix` returned for these texts.
-        context: what stands before these texts; None for nothing.
     """
     with _heading(decoder, lambda into_head: into_head[batch.predicts.to(into_head.device)][None]):
-        return _run_blocks(decoder, batch, hidden, context)[0]
-
-
-def run_into_cache(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (n, heads, t, d_head) of each block of the suffix, without gradients; see `run_suffix`."""
-    cache = DynamicCache()
-    nothing = Context(cache, batch.mask[:, :0], batch.ids.new_zeros(len(batch.ids)))
-
-    def stop(_: Tensor) -> Tensor:
-        raise _SeenEnoughError
-
-    with torch.no_grad(), suppress(_SeenEnoughError), _heading(decoder, stop):
-        _run_blocks(decoder, batch, hidden, nothing)
-    return [(layer.keys, layer.values) for layer in cache.layers[decoder.first :]]  # type: ignore[misc, union-attr]
+        return _run_blocks(decoder, batch, hidden)[0]
 
 
 def run_to_head(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
@@ -144,19 +114,10 @@ def run_head(decoder: Decoder, into_head: Tensor) -> Tensor:
     return logits[0]
 
 
-def _run_blocks(decoder: Decoder, batch: TokenBatch, hidden: Tensor, context: Context | None = None) -> Tensor:
+def _run_blocks(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
     prefix = decoder.blocks[: decoder.first]
-    placed: dict[str, Any] = {"attention_mask": batch.mask.long(), "use_cache": False}
-    if context is not None:
-        places = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        placed = {
-            "attention_mask": torch.cat((context.mask, batch.mask), 1).long(),
-            "position_ids": context.n_before[:, None] + places,
-            "past_key_values": context.cache,
-            "use_cache": True,
-        }
     with _skipping(decoder, prefix), _entering(decoder.blocks[decoder.first], hidden):
-        out = decoder.model(input_ids=batch.ids, **placed)
+        out = decoder.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
     logits: Tensor = out.logits
     return logits
 

@@ -9,7 +9,7 @@ Orientation is settled here once: every target maps d_in to d_out, whatever way 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ie.errors import ModelError
 
-__all__ = ["N_EDITED_BLOCKS", "EditTarget", "find_blocks", "find_targets", "is_transposed", "module_shape"]
+__all__ = [
+    "N_EDITED_BLOCKS",
+    "EditTarget",
+    "find_blocks",
+    "find_targets",
+    "is_transposed",
+    "module_shape",
+    "read_target",
+]
 
 N_EDITED_BLOCKS = 3  # as the paper edits (layers 45 to 47 of GPT2-XL, 29 to 31 of LLaMA-2)
 
@@ -98,3 +106,9 @@ def _outside_attention(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
             continue
         yield f"{prefix}{name}", child
         yield from _outside_attention(child, f"{prefix}{name}.")
+
+
+def read_target(targets: Sequence[EditTarget]) -> EditTarget:
+    """The edit target whose inputs say most of an instruction: the first of the last block."""
+    last = max(target.block for target in targets)
+    return next(target for target in targets if target.block == last)

@@ -34,10 +34,6 @@ class Text:
     n_instruction: int
     n_prompt: int
 
-    def without_instruction(self) -> Text:
-        """The tokens of prompt and answer alone."""
-        return Text(self.ids[self.n_instruction :], 0, self.n_prompt - self.n_instruction)
-
 
 class TextEncoder:
     """Turns prompts and answers into `Text`, each different text once.

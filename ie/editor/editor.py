@@ -2,9 +2,9 @@
 
 For each edit target m and token t: normalise u and δ, map them by the hypernetwork of m's shape to ũ and δ̃, and sum
 over the edit's tokens:  ΔW_m = -Σ_t rate_mt δ̃_t (ũ_t / σ_m)ᵀ = BᵀA  with A = ũ / σ_m and B = -rate_mt δ̃  (MEND, eq. 5;
-the sign stands here and nowhere else), σ_m being the deviations that u was divided by. A prompt's last token has a rate
-of its own: what stands there is more of the relation than of the subject. Unfitted and untrained, with rates of 1, the
-update is the loss's gradient.
+the sign stands here and nowhere else), σ_m being the deviations that u was divided by. Keys A may be whitened further
+(`ie.editor.directions`). A prompt's last token has a rate of its own: what stands there is more of the relation than of
+the subject. Unfitted and untrained, with rates of 1, the update is the loss's gradient.
 
 Of an edit in several passes (`ie.editor.passes`) each goes equally far: deltas are scaled to a mean square of 1 over
 all tokens and modules of an edit, since they vanish as the target becomes likely.
@@ -12,16 +12,18 @@ all tokens and modules of an edit, since they vanish as the target becomes likel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ie.base.capture import Signals
-from ie.base.targets import EditTarget
+from ie.base.instructions import Readings
+from ie.base.targets import EditTarget, read_target
 from ie.base.update import Factors
+from ie.editor.directions import Steering, Whitener
 from ie.editor.network import Hypernetwork
 from ie.editor.normaliser import Normaliser
 
@@ -44,6 +46,7 @@ class EditorSettings(BaseModel):
         rate: the learned rates' start, of all passes together.
         opening_share: the start of the rate of a prompt's last token, as a share of that.
         passes: how many gradients an edit is made of, see `ie.editor.passes`.
+        n_whitened: principal directions of a module's inputs that keys are whitened along, see `ie.editor.directions`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +57,7 @@ class EditorSettings(BaseModel):
     rate: PositiveFloat = 1e-3
     opening_share: PositiveFloat = 1.0
     passes: PositiveInt = 1
+    n_whitened: NonNegativeInt = 0
 
     @property
     def reads_instructions(self) -> bool:
@@ -74,7 +78,11 @@ class Editor(nn.Module):
         self.targets = tuple(targets)
         self.settings = settings
         self.u_normalisers = nn.ModuleDict({_key(t.name): Normaliser(t.d_in) for t in targets})
+        whitened = targets if settings.n_whitened else ()
+        self.whiteners = nn.ModuleDict({_key(t.name): Whitener(t.d_in, settings.n_whitened) for t in whitened})
         self.delta_normalisers = nn.ModuleDict({_key(t.name): Normaliser(t.d_out) for t in targets})
+        d_told = read_target(targets).d_in if settings.reads_instructions else 0
+        self.steering = Steering(d_told) if d_told else None
         rates = torch.tensor([1.0, settings.opening_share]) * settings.rate / settings.passes
         self.log_rates = nn.ParameterDict({_key(t.name): nn.Parameter(rates.log()) for t in targets})
         start = torch.tensor(_REGULARISATION).log()
@@ -83,9 +91,7 @@ class Editor(nn.Module):
         )
         self.networks = nn.ModuleDict(
             {
-                f"{d_in}x{d_out}": Hypernetwork(
-                    d_in + d_out, len(group), settings.rank, settings.n_layers, steered=settings.reads_instructions
-                )
+                f"{d_in}x{d_out}": Hypernetwork(d_in + d_out, len(group), settings.rank, settings.n_layers, d_told)
                 for (d_in, d_out), group in self._groups().items()
             }
         )
@@ -106,53 +112,67 @@ class Editor(nn.Module):
         return {t.name: learned[_key(t.name)].exp() if learned else _REGULARISATION for t in self.targets}
 
     @torch.no_grad()
-    def observe(self, signals: Signals) -> None:
-        """Take signals into the normalisers' statistics; `fit` then sets them."""
+    def observe(self, signals: Signals, told: Readings | None = None) -> None:
+        """Take signals, and what is read of instructions, into the normalisers' statistics; `fit` then sets them."""
         for target in self.targets:
             seen = signals.modules[target.name]
             self.u_normalisers[_key(target.name)].observe(seen.u)  # type: ignore[operator]
             self.delta_normalisers[_key(target.name)].observe(seen.delta)  # type: ignore[operator]
+            if self.whiteners:
+                self.whiteners[_key(target.name)].observe(seen.u)  # type: ignore[operator]
+        if self.steering is not None and told is not None:
+            self.steering.observe(told.inputs[told.given])
 
     def observed(self) -> list[Tensor]:
         """What `observe` has gathered, float64: sums, so what several processes gathered adds up."""
-        normalisers = (*self.u_normalisers.values(), *self.delta_normalisers.values())
-        return [part for one in normalisers for part in (one.count, one.total, one.squares)]  # type: ignore[misc]
+        sums = [part for one in self._normalisers() for part in (one.count, one.total, one.squares)]
+        sums += [one.moment for one in self.whiteners.values()]  # type: ignore[misc]
+        return sums + ([self.steering.count, self.steering.total, self.steering.moment] if self.steering else [])  # type: ignore[list-item]
 
     def fit(self) -> None:
         """Set the normalisers to what was observed."""
-        for normaliser in (*self.u_normalisers.values(), *self.delta_normalisers.values()):
-            normaliser.fit()  # type: ignore[operator]
+        for normaliser in self._normalisers():
+            normaliser.fit()
+        for key, whitener in self.whiteners.items():
+            whitener.fit(self.u_normalisers[key].std)  # type: ignore[operator]
+        if self.steering is not None:
+            self.steering.fit()
 
-    def update(self, signals: Signals, told: Signals | None = None) -> dict[str, Factors]:
+    def _normalisers(self) -> Iterator[Normaliser]:
+        for group in (self.u_normalisers, self.delta_normalisers):
+            yield from group.values()  # type: ignore[misc]
+
+    def update(
+        self, signals: Signals, told: Readings | None = None, keys: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Factors]:
         """The updates of a batch of edits, in one pass.
 
         Args:
             signals: of n edits, by module.
-            told: of the same edits as they are given, behind their instructions; None for an editor that reads none.
+            told: what is read of their instructions; None for an editor that reads none.
+            keys: A of an earlier pass, to be kept; None makes it.
 
         Returns:
             For each module path A (n, r, d_in) and B (n, r, d_out), float32; r is the largest number of tokens of an
             edit, rows beyond an edit's own tokens are zero.
         """
         update: dict[str, Factors] = {}
-        normal, steering = self._normal(signals), {} if told is None else self._normal(told)
+        normal = self._normal(signals)
+        steering = None if told is None or self.steering is None else self.steering(told.inputs) * told.given[:, None]
         for (d_in, d_out), group in self._groups().items():
             sizes = [len(normal[target.name]) for target in group]
             index = torch.arange(len(group), device=normal[group[0].name].device)
             module = index.repeat_interleave(torch.tensor(sizes, device=index.device))
-            means = None
-            if told is not None:
-                means = torch.cat(
-                    [_means(steering[t.name], told.modules[t.name].edit, signals.modules[t.name].edit) for t in group]
-                )
+            edit = torch.cat([signals.modules[target.name].edit for target in group])
             network = self.networks[f"{d_in}x{d_out}"]
-            pseudo = network(torch.cat([normal[target.name] for target in group]), module, means).split(sizes)
+            joined = torch.cat([normal[target.name] for target in group])
+            pseudo = network(joined, module, steering, edit).split(sizes)
             for target, part in zip(group, pseudo, strict=True):
                 seen = signals.modules[target.name]
                 u, delta = part.split((d_in, d_out), -1)
                 rate = self.rates(target)[seen.opening.long()][:, None]
-                a = u / self.u_normalisers[_key(target.name)].std
-                update[target.name] = _pack(a, -rate * delta, seen.edit, signals.n_edits)
+                a = keys[target.name] if keys else _pack(self._made_keys(target, u), seen.edit, signals.n_edits)
+                update[target.name] = a, _pack(-rate * delta, seen.edit, signals.n_edits)
         return update
 
     def _normal(self, signals: Signals) -> dict[str, Tensor]:
@@ -171,29 +191,25 @@ class Editor(nn.Module):
             for t in self.targets
         }
 
+    def _made_keys(self, target: EditTarget, u: Tensor) -> Tensor:
+        """Keys (n_tokens, d_in) of pseudo-activations: what the module's inputs are multiplied by."""
+        normaliser: Normaliser = self.u_normalisers[_key(target.name)]  # type: ignore[assignment]
+        if self.whiteners:
+            u = self.whiteners[_key(target.name)](u + normaliser.mean / normaliser.std)
+        return u / normaliser.std
+
     def _scaled(self, target: EditTarget, delta: Tensor) -> Tensor:
         """Deltas by their features' deviations: not centred, for a gradient near zero has no direction to add."""
         std: Tensor = self.delta_normalisers[_key(target.name)].std  # type: ignore[assignment]
         return delta / std
 
 
-def _means(values: Tensor, edit: Tensor, of: Tensor) -> Tensor:
-    """Means of the values (n_tokens, d) of each edit, one for each token that `of` (m_tokens,) names the edit of."""
-    n = int(max(edit.max(), of.max())) + 1 if len(edit) and len(of) else 1
-    total = values.new_zeros(n, values.shape[1]).index_add(0, edit, values)
-    return (total / torch.bincount(edit, minlength=n).clamp(min=1)[:, None])[of]
-
-
-def _pack(a: Tensor, b: Tensor, edit: Tensor, n_edits: int) -> Factors:
+def _pack(rows: Tensor, edit: Tensor, n_edits: int) -> Tensor:
     """Sort token rows into one block an edit, zero rows below."""
     counts = torch.bincount(edit, minlength=n_edits)
     slot = torch.arange(len(edit), device=edit.device) - (counts.cumsum(0) - counts)[edit]
-    place = (edit, slot)
-    rank = int(counts.max()) if len(edit) else 0
-    return (
-        a.new_zeros(n_edits, rank, a.shape[-1]).index_put(place, a),
-        b.new_zeros(n_edits, rank, b.shape[-1]).index_put(place, b),
-    )
+    n_rows = int(counts.max()) if len(edit) else 0
+    return rows.new_zeros(n_edits, n_rows, rows.shape[-1]).index_put((edit, slot), rows)
 
 
 def _key(name: str) -> str:

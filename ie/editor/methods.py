@@ -18,7 +18,7 @@ from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.least_squares import Joint, each_alone
-from ie.editor.passes import propose
+from ie.editor.passes import observe, propose
 from ie.editor.request import EditRequest, collate_requests, plain
 
 __all__ = [
@@ -99,7 +99,7 @@ def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, bat
     """
     editor = Editor(base.targets, EditorSettings(method="mend", rate=rate, n_layers=0)).to(base.device)
     for start in range(0, len(fitted_on), batch_size):
-        editor.observe(base.signals(collate_requests(base, plain(fitted_on[start : start + batch_size]))))
+        observe(base, editor, fitted_on[start : start + batch_size])
     editor.fit()
     return editor
 

@@ -2,11 +2,10 @@
 
     A, B_1 from the base's signals,    B_k from the signals under A, B_1 + ... + B_k-1,    ΔW = (B_1 + ... + B_p)ᵀ A
 
-The request is read as a user will ask it, plain: activations behind an instruction fit plain questions less well. The
-request as it is given, behind its instruction, steers what is made of them. Keys stay those of the first pass, so that
-the update's rank is one for each token however many passes there are. MEND and InstructEdit take one pass; a single
-gradient need not point to where the target is likely, and a network must then make up what a second look would show
-(docs/experiments.md).
+The request is read as a user will ask it, plain: activations behind an instruction fit plain questions less well. Its
+instruction steers what is made of them. Keys stay those of the first pass, so that the update's rank is one for each
+token however many passes there are. MEND and InstructEdit take one pass; a single gradient need not point to where the
+target is likely, and a network must then make up what a second look would show (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -19,7 +18,13 @@ from ie.base.update import Factors, Update, on_top
 from ie.editor.editor import Editor
 from ie.editor.request import EditRequest, collate_requests, plain
 
-__all__ = ["propose"]
+__all__ = ["observe", "propose"]
+
+
+def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
+    """Take requests into the statistics that `Editor.fit` then sets: the base's own signals, and instructions."""
+    told = base.read([one.instruction for one in requests]) if editor.settings.reads_instructions else None
+    editor.observe(base.signals(collate_requests(base, plain(requests))), told)
 
 
 def propose(
@@ -37,12 +42,13 @@ def propose(
         The signals of the first pass, and the n updates.
     """
     batch = collate_requests(base, plain(requests))
-    told = base.signals(collate_requests(base, requests), so_far) if editor.settings.reads_instructions else None
+    told = base.read([one.instruction for one in requests]) if editor.settings.reads_instructions else None
     signals = base.signals(batch, so_far)
     update = editor.update(signals, told)
+    keys = {name: a for name, (a, _) in update.items()}
     for _ in range(editor.settings.passes - 1):
         made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
         again = base.signals(batch, on_top(so_far, made) if so_far else made, like=signals)
-        step = editor.update(again, told)
+        step = editor.update(again, told, keys)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update

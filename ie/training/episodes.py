@@ -15,7 +15,7 @@ from ie.base.asking import Ask
 from ie.data.record import Record
 from ie.editor.request import EditRequest
 
-__all__ = ["Episodes", "Relations", "make_episodes"]
+__all__ = ["Episodes", "Relations", "draw_instruction", "make_episodes"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_episodes(
     """
     out = Episodes([], [], [])
     for edit, record in enumerate(records):
-        instruction = rng.choice(record.instruction.train) if instructed and record.instruction.train else None
+        instruction = draw_instruction(record, rng) if instructed else None
         edited, *others = _wordings(record, rng)
         out.requests.append(EditRequest(edited, record.target, instruction))
         prompts = [edited, *others[:1]]
@@ -93,6 +93,11 @@ def make_episodes(
         for other in [*([related] if related else []), *rng.sample(unrelated, n_drawn)]:
             out.kept.append(Ask(other.prompt, other.ground_truth or other.target, None, edit))
     return out
+
+
+def draw_instruction(record: Record, rng: random.Random) -> str | None:
+    """One of the instructions that training sees; None where the record has none."""
+    return rng.choice(record.instruction.train) if record.instruction.train else None
 
 
 def _wordings(record: Record, rng: random.Random) -> list[str]:

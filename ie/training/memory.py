@@ -25,8 +25,8 @@ from ie.training.settings import TrainSettings
 
 __all__ = ["enough_memory", "estimate_memory", "peak_memory_bytes"]
 
-_PLAIN_TOKENS, _INSTRUCTED_TOKENS = 12, 72  # of a question, padding counted; of an edit request with its instruction
-_EDIT_TOKENS, _ANSWER_TOKENS = 18, 3  # the longest edit of a batch, its instruction left out; an answer
+_PLAIN_TOKENS, _INSTRUCTION_TOKENS = 12, 60  # of a question, padding counted; of an instruction
+_EDIT_TOKENS, _ANSWER_TOKENS = 18, 3  # the longest edit of a batch; an answer
 _N_QUERIES = 8  # of a record in a validation
 _STEP_TOKENS, _ASK_TOKENS = 512, 4096  # asked at once on a CPU, in a step and in a validation
 _GPU_STEP_TOKENS = 8192
@@ -60,9 +60,11 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     weights = sum(p.numel() for p in editor.parameters()) * 4
     on_gpu = plan.device.type == "cuda"
     one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings)
+    # The normalisers are fitted before there is a gradient, a moment of the optimiser or a best editor.
+    fitting = _fit_bytes(model, settings) - (_EDITOR_COPIES - 1 + _OPTIMISER_COPIES) * weights
     parts = {
         "base": _base_bytes(model, blocks, plan),
-        "activations": _activation_bytes(model, len(blocks) - targets[0].block, plan, settings),
+        "activations": max(fitting, _activation_bytes(model, len(blocks) - targets[0].block, plan, settings)),
         "editor": _EDITOR_COPIES * weights,
         "optimiser": _OPTIMISER_COPIES * weights,
         "prefix_store": _store_bytes(model, plan, settings),
@@ -80,14 +82,20 @@ def _width(model: nn.Module) -> int:
 
 
 def _edit_bytes(model: nn.Module, n_blocks: int, plan: Plan, n_edits: int, settings: TrainSettings) -> int:
-    """What making edits holds at once: the suffix's graph, then the editor's, of all passes."""
+    """What making edits holds at once: the suffix's graph or what is read of instructions, then the editor's graph."""
     d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
     width = _width(model)
     outputs = sum(target.d_out for target in find_targets(model))  # a non-linearity written in parts keeps each of them
-    graph = n_edits * _INSTRUCTED_TOKENS * (width + 2 * outputs + 8 * n_blocks * d_model) * plan.dtype.itemsize
+    graph = _EDIT_TOKENS * (width + 2 * outputs + 8 * n_blocks * d_model)
+    read = _INSTRUCTION_TOKENS * width
     of_pass = 3 + settings.n_layers  # normalised, a residual a layer, packed twice
-    editor = n_edits * _EDIT_TOKENS * width * 4 * (settings.passes * of_pass + 2)  # and twice the instruction's
-    return int(graph + editor)
+    editor = _EDIT_TOKENS * width * 4 * settings.passes * of_pass
+    return int(n_edits * (max(graph, read) * plan.dtype.itemsize + editor))
+
+
+def _fit_bytes(model: nn.Module, settings: TrainSettings) -> int:
+    """Second moments of all edit targets' inputs, in double."""
+    return sum(target.d_in**2 * 8 for target in find_targets(model)) if settings.n_whitened else 0
 
 
 def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: TrainSettings) -> int:
@@ -112,9 +120,10 @@ def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: Tra
 
 def _store_bytes(model: nn.Module, plan: Plan, settings: TrainSettings) -> int:
     """Hidden states of all texts that a run meets, none of them twice, as far as memory may hold them."""
-    of_step = settings.batch_size * (_INSTRUCTED_TOKENS * 0.8 + (3 + settings.n_negatives) * 1.5 * _PLAIN_TOKENS)
-    of_fit = settings.n_fit * _INSTRUCTED_TOKENS * 0.8
-    of_validation = settings.n_validation * (_INSTRUCTED_TOKENS * 0.8 + _N_QUERIES * _PLAIN_TOKENS)
+    told = _INSTRUCTION_TOKENS + _PLAIN_TOKENS
+    of_step = settings.batch_size * (told + (3 + settings.n_negatives) * 1.5 * _PLAIN_TOKENS)
+    of_fit = settings.n_fit * told
+    of_validation = settings.n_validation * (told + _N_QUERIES * _PLAIN_TOKENS)
     n_tokens = settings.steps * of_step + of_fit + of_validation
     d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
     return int(min(PREFIX_BUDGET_BYTES, n_tokens * d_model * plan.dtype.itemsize))

@@ -21,7 +21,8 @@ from ie.data.record import SPLITS, Record
 from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.files import save_editor
 from ie.editor.methods import Method, editor_method, joint_update
-from ie.editor.request import EditRequest, collate_requests
+from ie.editor.passes import observe
+from ie.editor.request import EditRequest
 from ie.errors import BaseMismatchError, InputError
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean, mean
@@ -30,7 +31,7 @@ from ie.evaluation.tuning import forced_figures
 from ie.training.checkpoint import Checkpoint, checkpoints, training_folder, write_checkpoint
 from ie.training.config import CONFIG, config_text
 from ie.training.distributed import Processes, share
-from ie.training.episodes import Relations, make_episodes
+from ie.training.episodes import Relations, draw_instruction, make_episodes
 from ie.training.events import Event, OnEvent
 from ie.training.loss import Loss, backward
 from ie.training.memory import peak_memory_bytes
@@ -220,9 +221,8 @@ class Run:
 
     def _fit(self) -> None:
         for _ in range(-(-self.settings.n_fit // self.settings.batch_size)):
-            requests = [EditRequest.of(record, None) for record in self._batch()]
-            own = requests[self.processes.index :: self.processes.n]
-            self.editor.observe(self.base.signals(collate_requests(self.base, own)))
+            requests = [EditRequest.of(one, draw_instruction(one, self.rng)) for one in self._batch()]
+            observe(self.base, self.editor, requests[self.processes.index :: self.processes.n])
         self.processes.add_up(self.editor.observed())
         self.editor.fit()
 

@@ -14,6 +14,7 @@ from ie.base.capture import Signals
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.methods import editor_method, finetune_method, gradient_method, update_under
+from ie.editor.passes import observe
 from ie.editor.request import collate_requests
 from tests.dense import dense_gradients, dequantised, edited, random_update
 from tests.models import ARCHITECTURES
@@ -234,6 +235,8 @@ def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:
     untold = EditRequest(told.prompt, told.target)
     for method, same in (("mend", True), ("instructedit", False)):
         editor = Editor(base.targets, EditorSettings.model_validate({"method": method, "rate": 1.0}))
+        observe(base, editor, [told, replace(told, instruction="Something else.")])
+        editor.fit()
         with torch.no_grad():
             for parameter in editor.networks.parameters():
                 parameter.add_(0.1)

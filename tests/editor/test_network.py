@@ -10,13 +10,13 @@ from torch import Tensor
 from ie.editor.network import Hypernetwork
 from ie.editor.normaliser import Normaliser
 
-D_SIGNAL, N_MODULES, RANK = 7, 3, 4
+D_SIGNAL, D_TOLD, N_MODULES, RANK = 7, 5, 3, 4
 
 
 def trained(n_layers: int = 2) -> Hypernetwork:
     """A hypernetwork whose every parameter counts."""
     torch.manual_seed(0)
-    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers, steered=True)
+    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers, D_TOLD)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -28,7 +28,7 @@ def reference(network: Hypernetwork, signal: Tensor, module: int, told: Tensor) 
     h, c = ([float(value) for value in one] for one in (signal, told))
     for layer in network.layers:
         p = {name: value.double().tolist() for name, value in layer.named_parameters()}
-        low = [sum(h[i] * p["down"][i][k] + c[i] * p["steer"][i][k] for i in range(D_SIGNAL)) for k in range(RANK)]
+        low = [sum(v * w[k] for v, w in zip(h + c, p["down"] + p["steer"], strict=True)) for k in range(RANK)]
         bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(RANK)]
         active = [x / (1 + math.exp(-x)) for x in bent]
         weight = 1 + math.tanh(sum(p["gate"][module][k] * active[k] for k in range(RANK)))
@@ -39,12 +39,13 @@ def reference(network: Hypernetwork, signal: Tensor, module: int, told: Tensor) 
 
 def test_it_is_the_slow_reference_token_by_token() -> None:
     network = trained()
-    signal, told = torch.randn(11, D_SIGNAL), torch.randn(11, D_SIGNAL)
-    module = torch.arange(11) % N_MODULES
+    signal, told = torch.randn(11, D_SIGNAL), torch.randn(4, D_TOLD)
+    module, row = torch.arange(11) % N_MODULES, torch.arange(11) % 4
     with torch.no_grad():
-        found, untold = network(signal, module, told), network(signal, module)
-    expected = torch.stack([reference(network, h, int(m), c) for h, m, c in zip(signal, module, told, strict=True)])
-    nothing = torch.zeros(D_SIGNAL)
+        found, untold = network(signal, module, told, row), network(signal, module)
+    each = zip(signal, module, told[row], strict=True)
+    expected = torch.stack([reference(network, h, int(m), c) for h, m, c in each])
+    nothing = torch.zeros(D_TOLD)
     torch.testing.assert_close(untold[0], reference(network, signal[0], 0, nothing), atol=1e-4, rtol=1e-5)
     # Float32 against double; two layers that multiply sizes by some ten.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
@@ -53,8 +54,8 @@ def test_it_is_the_slow_reference_token_by_token() -> None:
 
 def test_it_starts_as_the_identity() -> None:
     signal = torch.randn(5, D_SIGNAL)
-    fresh = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2)
-    assert torch.equal(fresh(signal, torch.zeros(5, dtype=torch.long)), signal)
+    fresh, first = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2, D_TOLD), torch.zeros(5, dtype=torch.long)
+    assert torch.equal(fresh(signal, first, torch.randn(5, D_TOLD), torch.arange(5)), signal)
     none = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 0)
     assert torch.equal(none(signal, torch.zeros(5, dtype=torch.long)), signal)
 
@@ -68,6 +69,17 @@ def test_it_can_leave_the_identity() -> None:
         for name in ("up", "bias", "gate"):
             gradient = layer.get_parameter(name).grad
             assert gradient is not None and gradient.abs().max() > 0, name
+
+
+def test_what_it_is_told_can_matter_from_the_first_step() -> None:
+    """Where an instruction's part started at zero behind the zeros of U and the gates, neither would ever move it."""
+    torch.manual_seed(1)
+    network, first = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 1, D_TOLD), torch.zeros(1, dtype=torch.long)
+    gradients = []
+    for told in torch.randn(2, 1, D_TOLD):
+        out = network(torch.ones(1, D_SIGNAL), first, told, first).square().sum()
+        gradients.append(torch.autograd.grad(out, network.layers[0].get_parameter("up"))[0])
+    assert not torch.allclose(*gradients, rtol=0.1)
 
 
 def test_tokens_do_not_see_each_other() -> None:

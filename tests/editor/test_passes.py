@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ie.base import Base
+from ie.base.instructions import Readings
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
-from ie.editor.passes import propose
-from ie.editor.request import collate_requests, plain
+from ie.editor.passes import observe, propose
+from ie.editor.request import collate_requests
 from tests.dense import edited, random_update, rebased
 from tests.models import ARCHITECTURES
 
 INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
+INSTRUCTIONS = (INSTRUCTION, "Task: places\nDescription: Move a town.", "Say it otherwise.")
 REQUESTS = (
     EditRequest("The lighthouse of Orm was built by", "Edda Falk"),
     EditRequest("Varn:", "Lissel", INSTRUCTION),
@@ -31,7 +33,7 @@ def moved(base: Base, **settings: object) -> Editor:
     torch.manual_seed(0)
     shape = {"rank": 4, "rate": 0.002, "opening_share": 0.3, "passes": 3, **settings}
     editor = Editor(base.targets, EditorSettings.model_validate(shape))
-    editor.observe(base.signals(collate_requests(base, plain(REQUESTS))))
+    observe(base, editor, [replace(one, instruction=told) for one, told in zip(REQUESTS, INSTRUCTIONS, strict=True)])
     editor.fit()
     with torch.no_grad():
         for parameter in editor.networks.parameters():
@@ -44,10 +46,10 @@ def dense(update: Mapping[str, Factors], index: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference(base: Base, editor: Editor, request: EditRequest) -> dict[str, Factors]:
+def reference(base: Base, editor: Editor, request: EditRequest, told: Readings | None = None) -> dict[str, Factors]:
     """The sum of passes, each with the signals of a copy of the model whose weights hold those before it."""
     batch = collate_requests(base, [EditRequest(request.prompt, request.target)])
-    told = base.signals(collate_requests(base, [request]))
+    told = told or base.read([request.instruction])
     update = editor.update(base.signals(batch), told)
     for _ in range(editor.settings.passes - 1):
         step = editor.update(rebased(base, edited(base, update)).signals(batch), told)
@@ -91,7 +93,7 @@ def test_the_instruction_steers_its_own_edit_alone(load: Callable[..., Base]) ->
     base = load("llama")
     editor = moved(base)
     told = [EditRequest(one.prompt, one.target, INSTRUCTION) for one in REQUESTS]
-    other = [told[0], replace(told[1], instruction="Task: places\nDescription: Move a town."), told[2]]
+    other = [told[0], replace(told[1], instruction=INSTRUCTIONS[1]), told[2]]
     before, after = (propose(base, editor, requests)[1] for requests in (told, other))
     for name in before:
         for index, same in enumerate((True, False, True)):
@@ -114,6 +116,7 @@ def test_on_a_model_as_edited_so_far(load: Callable[..., Base]) -> None:
     _, update = propose(base, editor, REQUESTS[:2], so_far)
     under = rebased(base, edited(base, so_far))
     for edit, request in enumerate(REQUESTS[:2]):
-        for module, change in dense(reference(under, editor, request), 0).items():
+        told = base.read([request.instruction])  # an instruction says the same whatever was edited before
+        for module, change in dense(reference(under, editor, request, told), 0).items():
             found = dense(update, edit)[module].detach()
             torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())

@@ -37,7 +37,7 @@ def settings(checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path) -> 
     def make(name: str = "editor", **changes: Any) -> TrainSettings:
         options: dict[str, Any] = {
             "model": str(checkpoint("llama")), "data": dataset, "out": tmp_path / name, "device": "cpu",
-            "steps": STEPS, "batch_size": 4, "rank": 8, "n_fit": 8, "n_validation": 4, "rate": 3e-3,
+            "steps": STEPS, "batch_size": 4, "rank": 8, "n_fit": 8, "n_validation": 4, "rate": 3e-3, "passes": 1,
             "validate_every": 2, "patience": None, "checkpoint_every": 1, "rate_learning_rate": 0.3,
         }  # fmt: skip
         return TrainSettings.model_validate(options | changes)

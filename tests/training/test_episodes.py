@@ -14,7 +14,7 @@ from ie.base import Base
 from ie.base.asking import Ask
 from ie.data.record import Instructions, Question, Record
 from ie.editor import Editor, EditorSettings
-from ie.editor.passes import propose
+from ie.editor.passes import observe, propose
 from ie.training.episodes import Episodes, Relations, make_episodes
 from ie.training.loss import backward
 from ie.training.stream import RecordStream
@@ -157,10 +157,10 @@ def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callab
 
 def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) -> None:
     base = load("llama")
-    made = make_episodes(
-        RECORDS[:3], random.Random(1), relations=None, instructed=False, plain_share=1.0, n_negatives=1
-    )
+    made = make_episodes(RECORDS[:3], random.Random(1), relations=None, instructed=True, plain_share=1.0, n_negatives=1)
     editor = Editor(base.targets, EditorSettings(rate=0.01, rank=4))
+    observe(base, editor, made.requests)
+    editor.fit()
     with torch.no_grad():  # off the start, where half of a product is zero
         for parameter in editor.networks.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))

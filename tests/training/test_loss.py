@@ -31,7 +31,7 @@ def moved(base: Base, signals: Signals) -> Editor:
     """An editor with no parameter at its start."""
     torch.manual_seed(0)
     editor = Editor(base.targets, EditorSettings(method=JOINT, rank=8, rate=0.1))
-    editor.observe(signals)
+    editor.observe(signals, base.read(["Move the town.", "Change who somebody works for.", "Correct the date."]))
     editor.fit()
     with torch.no_grad():
         for parameter in editor.parameters():

@@ -48,6 +48,7 @@ def run(checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path) -> Train
             "n_fit": 8,
             "n_validation": 4,
             "rate": 3e-3,
+            "passes": 1,
         }
         events: list[Event] = []
         return train(TrainSettings.model_validate(options | changes), on_event=events.append), events

@@ -1,0 +1,123 @@
+"""What values have in common: their principal directions, damped in keys, kept of instructions.
+
+*Keys.* A key k hung on a module answers an input x by x·k. Divided by the inputs' second moment S, as S⁻¹k, it answers
+the edit's own tokens as before and all other inputs least, in the mean of their squares (ROME, arXiv 2202.05262, eq.
+2). S is as large as the module's weight; nearly all that it does is in its first directions, so S is kept as these with
+their eigenvalues, and one value for all the others (docs/experiments.md).
+
+*Instructions.* Those of training differ along few directions. What an unseen one says along any other, the network has
+never been told about, and would follow blindly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Directions", "Steering", "Whitener"]
+
+_SHRINKAGE = 0.05  # of the second moment, as a share of its mean eigenvalue
+_N_ITERATIONS = 8  # of the subspace that converges to the first directions
+_N_STEERING = 16
+
+
+class Directions(nn.Module):
+    """The first principal directions of values (n, d_features), each weighed by 1 - λ_rest / λ.
+
+    Args:
+        d_features: number of features.
+        n_directions: how many are kept.
+    """
+
+    directions: Tensor  # (n_directions, d_features), each as long as the root of its weight
+
+    def __init__(self, d_features: int, n_directions: int) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.zeros(min(n_directions, d_features), d_features))
+        self.moment: Tensor | None = None  # of what was observed, (d, d) float64: large, and gone once it is fitted
+
+    @torch.no_grad()
+    def observe(self, values: Tensor) -> None:
+        """Take in values (n, d_features)."""
+        values = values.double()
+        moment = values.T @ values
+        self.moment = moment if self.moment is None else self.moment + moment
+
+    def part(self, values: Tensor) -> Tensor:
+        """What of values (n, d_features) float32 lies along the directions, by their weights."""
+        return values @ self.directions.T @ self.directions
+
+    def _fit(self, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Set the directions; their weights and eigenvalues."""
+        n, mean = len(self.directions), moment.trace() / len(moment)
+        with torch.random.fork_rng(devices=[moment.device] if moment.is_cuda else []):
+            torch.manual_seed(0)
+            vectors, values, _ = torch.svd_lowrank(moment, q=min(2 * n, len(moment)), niter=_N_ITERATIONS)
+        values = values[:n]
+        rest = (moment.trace() - values.sum()).clamp(min=0) / max(1, len(moment) - n)
+        shrunk = _SHRINKAGE * mean.clamp(min=1e-30)
+        weights = (1 - (rest + shrunk) / (values + shrunk)).clamp(min=0)
+        self.directions.copy_((vectors[:, :n] * weights.sqrt()).T)
+        return weights, values
+
+
+class Whitener(Directions):
+    """Multiplies keys by the inverse of the second moment of what they answer; unfitted it is the identity.
+
+    Each key is as long as it answers its own input as before.
+    """
+
+    @torch.no_grad()
+    def fit(self, std: Tensor) -> None:
+        """Set the directions to those of all values observed, divided by `std` (d_features,)."""
+        if self.moment is not None:
+            moment, self.moment = self.moment, None
+            self._fit(moment.div_(std).div_(std[:, None]))
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """(n_tokens, d_features) float32, divided by `std`, to the same."""
+        left = keys - self.part(keys)
+        own, answer = keys.square().sum(-1, keepdim=True), (keys * left).sum(-1, keepdim=True)
+        return left * (own / answer.clamp(min=1e-30))
+
+
+class Steering(Directions):
+    """What instructions say along the directions in which those of training differ; unfitted it is zero.
+
+    Args:
+        d_features: dimension of what is read of an instruction.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    count: Tensor
+    total: Tensor
+
+    def __init__(self, d_features: int) -> None:
+        super().__init__(d_features, _N_STEERING)
+        self.register_buffer("mean", torch.zeros(d_features))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("total", torch.zeros(d_features, dtype=torch.float64), persistent=False)
+
+    @torch.no_grad()
+    def observe(self, values: Tensor) -> None:
+        """Take in what was read of instructions, (n, d_features)."""
+        super().observe(values)
+        self.count += len(values)
+        self.total += values.double().sum(0)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Set mean and directions to those of all that was observed; where there was nothing they stay."""
+        if self.moment is not None and self.count:
+            mean = self.total / self.count
+            moment, self.moment = self.moment / self.count - torch.outer(mean, mean), None
+            weights, values = self._fit(moment)
+            self.mean.copy_(mean)
+            # Entries of mean square 1 over the instructions of training.
+            self.scale.copy_((len(mean) / (weights.square() * values).sum().clamp(min=1e-12)).sqrt())
+
+    def forward(self, read: Tensor) -> Tensor:
+        """(n, d_features) float32 to the same."""
+        return self.scale * self.part(read - self.mean)
