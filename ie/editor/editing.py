@@ -281,7 +281,7 @@ def _details(base: Base, one: RequestSettings | None, info: EditorInfo) -> Patch
 
 def _compressed(details: PatchInfo, update: Mapping[str, Factors], rank: int | None, dtype: str) -> Patch:
     """A patch with its factors as the file will hold them."""
-    exact = Patch(details, {name: compress(a[0], b[0], max_rank=rank) for name, (a, b) in update.items()})
+    exact = Patch(details, {name: (a[0], b[0]) for name, (a, b) in compress(update, max_rank=rank).items()})
     patch = exact.rounded("float16" if dtype == "auto" else dtype)
     if dtype == "auto" and not energy_kept(exact.update(), patch.update()) >= _LEAST_ENERGY:  # also where it is NaN
         patch = exact

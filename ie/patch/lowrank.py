@@ -80,32 +80,41 @@ def energy_kept(before: Update, after: Update) -> float:
     return 1.0 - lost / total if total else 1.0
 
 
-def compress(a: Tensor, b: Tensor, energy: float = 0.999, max_rank: int | None = None) -> Factors:
-    """Factors of the smallest rank that keep a share of an update's energy.
+def compress(update: Update, energy: float = 0.999, max_rank: int | None = None) -> dict[str, Factors]:
+    """The smallest factors that keep a share of a single edit's energy.
 
-    QR of both factors, then the singular values of the small core: exact, and never larger than the rank it starts
-    from.
+    QR of both factors, then the singular values of the small core: exact, and no module's rank is larger than it was.
+    What is left out are the least singular values of all modules together, so each module keeps as many rows as its
+    part of the edit is worth.
 
     Args:
-        a: (r, d_in), b: (r, d_out): the factors of ΔW = BᵀA.
-        b: see `a`.
-        energy: the share of ‖ΔW‖² (squared Frobenius norm) to keep.
-        max_rank: the largest rank to return; None for no bound.
+        update: one edit, a batch of one.
+        energy: the share of ‖ΔW‖² (squared Frobenius norm over all modules) to keep.
+        max_rank: the largest rank of a module; None for no bound.
 
     Returns:
-        A (k, d_in) and B (k, d_out), float32, with k of 1 at least unless ΔW is zero.
+        A (1, k, d_in) and B (1, k, d_out), float32, with k of 1 at least unless the module's ΔW is zero.
     """
+    cores = {name: _core(a[0], b[0]) for name, (a, b) in update.items()}
+    squares = torch.cat([values.square() for _, values, _ in cores.values()]).sort(descending=True).values
+    kept = squares.cumsum(0)
+    enough = (kept < energy * kept[-1]).sum() if len(kept) else 0
+    least = squares[enough] if len(kept) else 0.0
+    out = {}
+    for name, (left, values, right) in cores.items():
+        rank = max(int((values.square() >= least).sum()), 1)
+        rank = min(rank, int((values > 0).sum()), max_rank or len(values))
+        root = values[:rank].sqrt()
+        out[name] = (
+            (right[:, :rank] * root).T.float().contiguous()[None],
+            (left[:, :rank] * root).T.float().contiguous()[None],
+        )
+    return out
+
+
+def _core(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of BᵀA: left (d_out, r), values (r,) descending, right (d_in, r), float64."""
     q_a, r_a = torch.linalg.qr(a.double().T)
     q_b, r_b = torch.linalg.qr(b.double().T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T)
-    kept = values.square().cumsum(0)
-    total = kept[-1] if len(kept) else torch.zeros(())
-    if total == 0:
-        return a.new_zeros(0, a.shape[1]).float(), b.new_zeros(0, b.shape[1]).float()
-    rank = int((kept < energy * total).sum()) + 1
-    rank = min(rank, len(values), max_rank or len(values))
-    root = values[:rank].sqrt()
-    return (
-        (q_a @ right[:rank].T * root).T.float().contiguous(),
-        (q_b @ left[:, :rank] * root).T.float().contiguous(),
-    )
+    left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ left, values, q_a @ right.T

@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ie.patch.lowrank import compress, energy_kept, norm, select, side_by_side, stack
+from ie.patch import lowrank
+from ie.patch.lowrank import energy_kept, norm, select, side_by_side, stack
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compress(a: Tensor, b: Tensor, energy: float = 0.999, max_rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """An edit of one module."""
+    low_a, low_b = lowrank.compress({"m": (a[None], b[None])}, energy, max_rank)["m"]
+    return low_a[0], low_b[0]
 
 
 def with_spectrum(values: list[float], rank: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +67,23 @@ def test_more_rows_than_features() -> None:
     low_a, low_b = compress(a, b, energy=1.0)
     assert len(low_a) <= 6
     torch.testing.assert_close(low_b.T @ low_a, b.T @ a, atol=1e-4, rtol=1e-5)  # float32 sums of 50 terms
+
+
+def test_modules_share_what_may_be_lost() -> None:
+    """All of the loss falls where it costs least: on the module that is a small part of the edit."""
+    large, small = with_spectrum([4.0, 3.0, 2.0], rank=5), with_spectrum([0.1, 0.05, 0.04], rank=5)
+    update = {"large": (large[0][None], large[1][None]), "small": (small[0][None], small[1][None])}
+    low = lowrank.compress(update)
+    assert {name: a.shape[1] for name, (a, _) in low.items()} == {"large": 3, "small": 1}
+    assert energy_kept(update, low) >= 0.999
+    ranks = [len(compress(*one)[0]) for one in (large, small)]
+    assert ranks == [3, 3]  # each for itself would keep all
+
+
+def test_every_module_of_an_edit_stays() -> None:
+    large, tiny = with_spectrum([4.0], rank=2), with_spectrum([1e-4], rank=2)
+    low = lowrank.compress({"large": (large[0][None], large[1][None]), "tiny": (tiny[0][None], tiny[1][None])})
+    assert [a.shape[1] for a, _ in low.values()] == [1, 1]
 
 
 def test_repeated_rows_take_no_rank() -> None:
