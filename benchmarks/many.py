@@ -62,14 +62,12 @@ def make(method: str, base: Base, editor: Editor, requests: Sequence[EditRequest
     if method != "stack":
         return joint_update(base, editor, requests, regularisation, _BATCH)
     single = editor_method(editor)
-    patches = []
+    patches: list[Update] = []
     for start in range(0, len(requests), _BATCH):
         part = requests[start : start + _BATCH]
         batch = single(base, part)
-        for index in range(len(part)):
-            factors = select(batch, index).items()
-            patches.append({name: tuple(one[None] for one in compress(a[0], b[0])) for name, (a, b) in factors})
-    return stack(patches)  # type: ignore[arg-type]
+        patches += [compress(select(batch, index)) for index in range(len(part))]
+    return stack(patches)
 
 
 def editor_of(method: str, base: Base, folder: Path, dataset: Dataset, rate: float) -> Editor:
@@ -111,8 +109,7 @@ def measure_size(
         "rank": max(a.shape[1] for a, _ in update.values()), "peak_bytes_of_making": peak_memory_bytes(),
     }  # fmt: skip
     # Asked in its exact smallest form: the sum of thousands of patches has more rows than its modules have features.
-    exact = {name: compress(a[0], b[0], energy=1.0) for name, (a, b) in update.items()}
-    update = {name: (a[None], b[None]) for name, (a, b) in exact.items()}
+    update = compress(update, energy=1.0)
     told = [one.instruction for one in requests]
     for one in measure(base, records, told, update, queries=("plain",), metrics=VALIDATED, generate=generate):
         if one.metric in VALIDATED:  # fluency and what the base knew are not asked here
