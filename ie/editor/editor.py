@@ -130,7 +130,7 @@ class Editor(nn.Module):
         return sums + ([self.steering.count, self.steering.total, self.steering.moment] if self.steering else [])  # type: ignore[list-item]
 
     def fit(self) -> None:
-        """Set the normalisers to what was observed."""
+        """Set normalisers and directions to what was observed."""
         for normaliser in self._normalisers():
             normaliser.fit()
         for key, whitener in self.whiteners.items():

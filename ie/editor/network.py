@@ -3,11 +3,11 @@
     s = silu(scale_m * (V h + T c) + shift_m),    h <- (1 + tanh(gate_m · s)) h + U s + b,    h = [u, δ]
 
 One network serves all edit targets of one shape; `scale`, `shift` and `gate` are one row for each of them. c is what
-the base made of the instruction: it steers what is made of the request's tokens, for an editor that reads
-instructions. U and the gates start at zero, so the network starts as the identity on the normalised signals; T does
-not, for behind zeros it would have no gradient. A gate weighs a token as a whole, from leaving it out to twice its
-part: which tokens an edit is to hang on is most of what there is to learn, and what is added to h in a low rank cannot
-take h away (docs/experiments.md).
+the base made of the instruction: it steers what is made of the request's tokens, for an editor that reads instructions.
+U and the gates start at zero, so the network starts as the identity on the normalised signals; T does not, for behind
+zeros it would have no gradient. A gate weighs a token as a whole, from leaving it out to twice its part: which tokens
+an edit is to hang on is most of what there is to learn, and what is added to h in a low rank cannot take h away
+(docs/experiments.md).
 
 MEND (arXiv 2110.11309, section 3.1) and InstructEdit put the non-linearity and the modules' rows behind U, in the
 signal's own dimension: h + relu(scale_m * (U V h + b) + shift_m). Behind a U of zeros relu has no gradient, a residual

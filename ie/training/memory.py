@@ -1,8 +1,8 @@
 """How much memory training and editing need, from a base model's configuration alone; no weight is loaded.
 
 An estimate: exact for weights, editor and optimiser. What texts bring is counted for texts of usual length, and of the
-run's phases the one that holds most: a training step, or a validation, which asks thousands of tokens at once, each
-text under an edit of its own. tests/training/test_memory.py holds it against measured peaks.
+run's phases the one that holds most: fitting the normalisers, a training step, or a validation, which asks thousands of
+tokens at once, each text under an edit of its own. tests/training/test_memory.py holds it against measured peaks.
 """
 
 from __future__ import annotations
@@ -82,15 +82,14 @@ def _width(model: nn.Module) -> int:
 
 
 def _edit_bytes(model: nn.Module, n_blocks: int, plan: Plan, n_edits: int, settings: TrainSettings) -> int:
-    """What making edits holds at once: the suffix's graph or what is read of instructions, then the editor's graph."""
+    """What making edits holds at once: the suffix's graph, then the editor's, of all passes."""
     d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
     width = _width(model)
     outputs = sum(target.d_out for target in find_targets(model))  # a non-linearity written in parts keeps each of them
     graph = _EDIT_TOKENS * (width + 2 * outputs + 8 * n_blocks * d_model)
-    read = _INSTRUCTION_TOKENS * width
     of_pass = 3 + settings.n_layers  # normalised, a residual a layer, packed twice
     editor = _EDIT_TOKENS * width * 4 * settings.passes * of_pass
-    return int(n_edits * (max(graph, read) * plan.dtype.itemsize + editor))
+    return int(n_edits * (graph * plan.dtype.itemsize + editor))
 
 
 def _fit_bytes(model: nn.Module, settings: TrainSettings) -> int:
