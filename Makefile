@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.installed ## build, train, edit and report on the bundled base
 	$(BIN)/ie demo
 
-test: $(VENV)/.installed-dev ## the whole suite; pass options by ARGS="-k name"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev ## the whole suite, on every core; pass options by ARGS="-k name"
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style, format, types
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ PREFIX_BUDGET_BYTES = 2 * 1024**3
 PREFIX_FILE_BUDGET_BYTES = 32 * 1024**3
 REFERENCE_BUDGET_BYTES = 512 * 1024**2
 _MAX_TEXT_TOKENS = 1024
+_FEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,13 @@ class Base:
             update: edits to compute under, n or a batch of one; None for the base itself.
             like: signals of the same batch, whose tokens are to be taken; None takes those with a gradient.
         """
-        # One long request among short ones would have all of them padded to its length.
+        # One long request among short ones would have all of them padded to its length; few tokens aren't worth a
+        # second pass.
         doublings: dict[int, list[int]] = {}
         for row, text in enumerate(batch.texts):
             doublings.setdefault(len(text.ids).bit_length(), []).append(row)
         groups = [rows for _, rows in sorted(doublings.items())]
-        if len(groups) == 1:
+        if len(groups) == 1 or batch.ids.numel() <= _FEW_TOKENS:
             return self._signals(batch, update, like)
         parts = [
             self._signals(

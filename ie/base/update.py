@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Update", "adding", "on_top"]
+__all__ = ["Factors", "Update", "adding", "on_top", "stacked"]
 
 Factors = tuple[Tensor, Tensor]  # A (n, r, d_in), B (n, r, d_out)
 Update = Mapping[str, Factors]  # by module path
@@ -50,6 +50,16 @@ def on_top(update: Update, more: Update) -> dict[str, Factors]:
         )
         for name, (a, b) in update.items()
     }
+
+
+def stacked(update: Update, n_stacks: int) -> dict[str, Factors]:
+    """Sums of edits: of a batch of n, edit i is part of sum i modulo `n_stacks`, as k blocks of r rows of it."""
+
+    def rows(factor: Tensor) -> Tensor:
+        factor = nn.functional.pad(factor, (0, 0, 0, 0, 0, -len(factor) % n_stacks))
+        return factor.unflatten(0, (-1, n_stacks)).transpose(0, 1).flatten(1, 2)
+
+    return {name: (rows(a), rows(b)) for name, (a, b) in update.items()}
 
 
 def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:

@@ -92,7 +92,7 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def share(episodes: Episodes, processes: Processes) -> Episodes:
-    """The episodes of a batch that this process makes: every n-th."""
+    """The episodes of a batch that this process makes: every n-th, and so every n-th stack if their number allows."""
     if processes.n == 1:
         return episodes
     own = range(processes.index, len(episodes.requests), processes.n)
@@ -101,4 +101,9 @@ def share(episodes: Episodes, processes: Processes) -> Episodes:
     def renumbered(asks: Sequence[Ask]) -> list[Ask]:
         return [replace(ask, edit=place[ask.edit]) for ask in asks if ask.edit in place]
 
-    return Episodes([episodes.requests[edit] for edit in own], renumbered(episodes.wanted), renumbered(episodes.kept))
+    return Episodes(
+        [episodes.requests[edit] for edit in own],
+        renumbered(episodes.wanted),
+        renumbered(episodes.kept),
+        n_stacks=-(-episodes.n_stacks // processes.n),
+    )

@@ -26,11 +26,14 @@ class Episodes:
         requests: the edits, one an episode.
         wanted: queries that must give the target after the edit, `Ask.edit` naming their episode.
         kept: queries whose answer must stay as it was.
+        n_stacks: into how many sums edits are stacked, see `ie.base.update.stacked`; 0 leaves each alone. Queries are
+            then asked under the sum that their episode is part of.
     """
 
     requests: list[EditRequest]
     wanted: list[Ask]
     kept: list[Ask]
+    n_stacks: int = 0
 
 
 class Relations:

@@ -10,6 +10,8 @@ Queries are asked in chunks of like length, each chunk's backward pass following
 update's factors; what they gathered then goes through the editor once. So memory follows the chunk and not the batch,
 and the gradient is that of the whole loss.
 
+Where a batch's edits are stacked, each must hold under others that know nothing of it, as patches of a served model do.
+
 An editor of `instructedit-joint` makes one update of the whole batch by least squares (MALMEN, arXiv 2311.04661), and
 every question is asked under it; gradients reach the editor and λ through the solve.
 """
@@ -25,6 +27,7 @@ from torch import Tensor
 from ie.base.asking import by_length
 from ie.base.likelihood import nll, slices
 from ie.base.model import Base
+from ie.base.update import stacked
 from ie.data.tokens import Text
 from ie.editor.editor import JOINT, Editor
 from ie.editor.least_squares import Joint
@@ -58,6 +61,10 @@ def backward(
         joint.add(signals, update)
         update, asks = joint.solve(), [replace(ask, edit=0) for ask in asks]
         ranks = [max(a.shape[1] for a, _ in update.values())]
+    elif episodes.n_stacks:
+        update = stacked(update, episodes.n_stacks)
+        asks = [replace(ask, edit=ask.edit % episodes.n_stacks) for ask in asks]
+        ranks = [max(a.shape[1] for a, _ in update.values())] * episodes.n_stacks
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     whole = whole or episodes

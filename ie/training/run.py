@@ -9,6 +9,7 @@ import copy
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,7 @@ __all__ = ["Run"]
 
 _CLIP_NORM = 1.0
 _WARMUP_STEPS = 50
+_STACK = 4  # edits that are in force together where they are stacked
 _N_RECENT = 50  # steps that shown losses are a mean of
 
 
@@ -238,6 +240,8 @@ class Run:
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
         )
+        if self.editor.settings.method != JOINT and self.rng.random() < self.settings.stacked_share:
+            episodes = replace(episodes, n_stacks=-(-len(episodes.requests) // _STACK))
         self.optimiser.zero_grad(set_to_none=True)
         own = share(episodes, self.processes)
         loss = backward(self.base, self.editor, own, self.settings.locality_weight, whole=episodes)

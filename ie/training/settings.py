@@ -43,6 +43,7 @@ class TrainSettings(BaseModel):
         n_negatives: other records' prompts that each edit must leave alone.
         related_negatives: let the first of them ask the same of another subject, where there is one.
         plain_share: share of the outer loss's edit and rephrase queries that carry no instruction.
+        stacked_share: share of the steps whose queries are asked under the sum of four edits.
         validate_every: steps between validations.
         n_validation: records that validation looks at.
         patience: validations without a better one after which training ends; None for no early stop.
@@ -83,6 +84,7 @@ class TrainSettings(BaseModel):
     n_negatives: NonNegativeInt = 2
     related_negatives: bool = False
     plain_share: NonNegativeFloat = 0.9
+    stacked_share: NonNegativeFloat = 0.2
     validate_every: PositiveInt = 100
     n_validation: PositiveInt = 96
     patience: PositiveInt | None = 6

@@ -148,9 +148,10 @@ def test_row_mean_is_a_mean_for_each_row() -> None:
 def test_requests_of_other_lengths_change_nothing(load: Callable[..., Base], name: str) -> None:
     """Long and short ones are run apart, also on an edited model and with another's tokens."""
     base = load(name)
-    long = EditRequest(" ".join([REQUESTS[0].prompt] * 4), REQUESTS[0].target)
+    long = EditRequest(" ".join([REQUESTS[0].prompt] * 12), REQUESTS[0].target)
     requests = [REQUESTS[1], long, REQUESTS[0], EditRequest("Varn:", "a clerk", INSTRUCTION), long]
     update = random_update(base, n=len(requests))
+    assert collate_requests(base, requests).ids.numel() > 512  # or they'd be run together
     first = base.signals(collate_requests(base, requests))
     for found, edits in ((first, None), (base.signals(collate_requests(base, requests), update, like=first), update)):
         for edit, request in enumerate(requests):

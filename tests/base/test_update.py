@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base import Base
-from ie.base.update import Update, adding
+from ie.base.update import Update, adding, stacked
 from ie.patch.lowrank import select, stack
 from tests.dense import edited, random_update, state_hash
 from tests.models import ARCHITECTURES
@@ -52,6 +52,17 @@ def test_rows_pick_their_edit(load: Callable[..., Base], name: str) -> None:
     with adding(base.model, update):  # row i under edit i
         found = logits_of(base)
     torch.testing.assert_close(found[1], logits_of(base, edited(base, update, 1))[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_stacks", [1, 2, 3, 5])
+def test_stacked_edits_are_their_sum(n_stacks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 3, 7, generator=generator), torch.randn(5, 3, 4, generator=generator)
+    (sum_a, sum_b) = stacked({"m": (a, b)}, n_stacks)["m"]
+    assert len(sum_a) == n_stacks
+    for first in range(n_stacks):
+        expected = sum((b[i].T @ a[i] for i in range(first, 5, n_stacks)), start=torch.zeros(4, 7))
+        torch.testing.assert_close(sum_b[first].T @ sum_a[first], expected)
 
 
 def empty(base: Base) -> Update:

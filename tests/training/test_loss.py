@@ -1,9 +1,10 @@
-"""The outer loss of joint updates: against autograd straight through a dense least squares, question by question."""
+"""The outer loss of edits that are in force together: against autograd straight through dense sums, query by query."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from ie.base import Base
 from ie.base.asking import Ask
 from ie.base.capture import Signals
-from ie.editor.editor import JOINT, Editor, EditorSettings
+from ie.base.update import Update
+from ie.editor.editor import JOINT, Editor, EditorSettings, Method
 from ie.editor.passes import propose
 from ie.editor.request import EditRequest, collate_requests, plain
 from ie.training.episodes import Episodes, make_episodes
@@ -27,10 +29,10 @@ def episodes(n: int) -> Episodes:
     return make_episodes(RECORDS[:n], rng, relations=None, instructed=True, plain_share=0.5, n_negatives=1)
 
 
-def moved(base: Base, signals: Signals) -> Editor:
+def moved(base: Base, signals: Signals, method: Method) -> Editor:
     """An editor with no parameter at its start."""
     torch.manual_seed(0)
-    editor = Editor(base.targets, EditorSettings(method=JOINT, rank=8, rate=0.1))
+    editor = Editor(base.targets, EditorSettings(method=method, rank=8, rate=0.1))
     editor.observe(signals, base.read(["Move the town.", "Change who somebody works for.", "Correct the date."]))
     editor.fit()
     with torch.no_grad():
@@ -58,23 +60,27 @@ def dense_joint(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> 
     return out
 
 
-# Few tokens are solved in the dual form, many in the primal one.
-@pytest.mark.parametrize("n_edits", [2, 12])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
-    load: Callable[..., Base], name: str, n_edits: int
-) -> None:
-    base, made = load(name), episodes(n_edits)
-    editor = moved(base, base.signals(collate_requests(base, plain(made.requests))))
+def dense_sums(base: Base, editor: Editor, requests: Sequence[EditRequest], n_stacks: int) -> list[Update]:
+    """Each stack's BᵀA of all its edits."""
+    _, update = propose(base, editor, requests)
+    out = []
+    for stack in range(n_stacks):
+        changes = {
+            name: torch.einsum("nri,nro->io", a[stack::n_stacks], b[stack::n_stacks]) for name, (a, b) in update.items()
+        }
+        out.append({name: (torch.eye(len(change))[None], change[None]) for name, change in changes.items()})
+    return out
+
+
+def agrees(base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update]) -> None:
+    """Loss and gradient are those of autograd through each edit's dense update."""
     found = backward(base, editor, made, WEIGHT)
     gradients = [parameter.grad for parameter in editor.parameters()]
     editor.zero_grad()
 
-    update = dense_joint(base, editor, made.requests)
-
     def logits(ask: Ask, edited: bool) -> tuple[Tensor, Tensor]:
         batch = base.collate([base.encode(ask.prompt, ask.answer, ask.instruction)])
-        return base.logits(batch, update if edited else None).log_softmax(-1), batch.labels
+        return base.logits(batch, update_of(ask.edit) if edited else None).log_softmax(-1), batch.labels
 
     edit = torch.zeros(())
     for ask in made.wanted:
@@ -93,3 +99,23 @@ def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
         assert gradient is not None and parameter.grad is not None, where
         assert parameter.grad.abs().max() > 0, where
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=1e-3 * parameter.grad.abs().max().item())
+
+
+# Few tokens are solved in the dual form, many in the primal one.
+@pytest.mark.parametrize("n_edits", [2, 12])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
+    load: Callable[..., Base], name: str, n_edits: int
+) -> None:
+    base, made = load(name), episodes(n_edits)
+    editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), JOINT)
+    update = dense_joint(base, editor, made.requests)
+    agrees(base, editor, made, lambda edit: update)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_stacked_edits_are_asked_under_their_sum(load: Callable[..., Base], name: str) -> None:
+    base, made = load(name), replace(episodes(5), n_stacks=2)
+    editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), "instructedit")
+    updates = dense_sums(base, editor, made.requests, 2)
+    agrees(base, editor, made, lambda edit: updates[edit % 2])
