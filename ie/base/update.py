@@ -57,7 +57,7 @@ def stacked(update: Update, n_stacks: int) -> dict[str, Factors]:
 
     def rows(factor: Tensor) -> Tensor:
         factor = nn.functional.pad(factor, (0, 0, 0, 0, 0, -len(factor) % n_stacks))
-        return factor.unflatten(0, (-1, n_stacks)).transpose(0, 1).flatten(1, 2)
+        return factor.reshape(-1, n_stacks, *factor.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     return {name: (rows(a), rows(b)) for name, (a, b) in update.items()}
 
