@@ -37,7 +37,7 @@ def work(settings: TrainSettings, loaded: Flag) -> None:
 def start(out: Path, data: Path, steps: int) -> tuple[BaseProcess, Flag]:
     """Start a training of the bundled base, or go on with the one that was begun; a checkpoint after every step."""
     settings = TrainSettings(
-        data=data, out=out, steps=steps, batch_size=4, rank=16, n_fit=16, n_validation=8, validate_every=7,
+        data=data, out=out, steps=steps, batch_size=4, rank=16, n_fit=16, n_validation=8, validate_every=7, passes=1,
         patience=None, checkpoint_every=1, resume=training_folder(out).exists(),
     )  # fmt: skip
     loaded = SERVER.Event()

@@ -8,20 +8,18 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ie.base.model import Base
-from ie.base.update import Factors, Update
 from ie.data.dataset import Dataset
 from ie.data.record import SPLITS, Record
 from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.editor.files import save_editor
-from ie.editor.methods import Method, editor_method, joint_update
 from ie.editor.passes import observe
 from ie.editor.request import EditRequest
 from ie.errors import BaseMismatchError, InputError
@@ -40,6 +38,7 @@ from ie.training.metrics import METRICS, Metrics
 from ie.training.settings import TrainSettings
 from ie.training.stopping import deferred_signals
 from ie.training.stream import RecordStream
+from ie.training.validation import spread, validated
 from ie.versions import versions
 
 __all__ = ["Run"]
@@ -78,7 +77,7 @@ class Run:
         records, validation, _ = (dataset.records(split, tasks) for split in SPLITS)
         self.stream = RecordStream(records, settings.balance, self.rng)
         self.relations = Relations(records) if settings.related_negatives else None
-        self.validation = _spread(validation, settings.n_validation, settings.seed)
+        self.validation = spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings.model_validate(settings, from_attributes=True)  # fields of the same names
         self.before = Respondent(base)
         self.editor = Editor(base.targets, shape).to(base.device)
@@ -261,7 +260,7 @@ class Run:
         if not self.validation:
             self.best = copy.deepcopy(self.editor.state_dict())
             return
-        method = _validated(self.editor, self.settings.batch_size)
+        method = validated(self.editor, self.settings.batch_size)
         figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
         score = harmonic_mean(list(figures.values()))
         if score > self.best_score:
@@ -343,48 +342,5 @@ class Run:
         )
 
 
-def _validated(editor: Editor, size: int) -> Method:
-    """How validation records are edited: each alone, or all in one update where that is what the editor is for."""
-    if editor.settings.method == JOINT:
-        return lambda base, requests: joint_update(base, editor, requests, None, size)
-    return _in_batches(editor_method(editor), size)
-
-
-def _in_batches(method: Method, size: int) -> Method:
-    """The same method, a few requests at a time: the signals of all validation edits at once need gigabytes."""
-
-    def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        parts = [method(base, requests[start : start + size]) for start in range(0, len(requests), size)]
-        joined: dict[str, Factors] = {}
-        for name in parts[0]:
-            rank = max(part[name][0].shape[1] for part in parts)
-            a, b = (
-                torch.cat(
-                    [nn.functional.pad(part[name][i], (0, 0, 0, rank - part[name][i].shape[1])) for part in parts]
-                )
-                for i in (0, 1)
-            )
-            joined[name] = (a, b)
-        return joined
-
-    return edit
-
-
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _spread(records: Sequence[Record], n: int, seed: int) -> list[Record]:
-    """At most n records, drawn evenly from the tasks."""
-    stream = _rounds(records, random.Random(seed))
-    return [record for record, _ in zip(stream, range(n), strict=False)]
-
-
-def _rounds(records: Sequence[Record], rng: random.Random) -> Iterator[Record]:
-    by_task: dict[str, list[Record]] = {}
-    for record in records:
-        by_task.setdefault(record.task, []).append(record)
-    for group in by_task.values():
-        rng.shuffle(group)
-    for place in range(max(map(len, by_task.values()), default=0)):
-        yield from (group[place] for group in by_task.values() if place < len(group))

@@ -26,6 +26,7 @@ from ie.evaluation.tuning import forced_figures
 from ie.training import Event, TrainSettings, train, trainer
 from ie.training import run as run_module
 from ie.training.episodes import Episodes, make_episodes
+from ie.training.validation import spread
 from tests.dense import state_hash
 
 Train = Callable[..., tuple[dict[str, Any], list[Event]]]
@@ -164,7 +165,7 @@ def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Call
     base = load("llama")
     editor, _ = load_editor(tmp_path / "editor", base)
     tasks = ("convsent", "general", "people", "places")
-    records = run_module._spread(Dataset.load(dataset).records("validation", tasks), 8, 0)
+    records = spread(Dataset.load(dataset).records("validation", tasks), 8, 0)
     again = forced_figures(base, editor_method(editor), records, heldout_instructions(records))
     assert again == pytest.approx(best)  # float
 
