@@ -55,34 +55,39 @@ def backward(
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
     signals, update = propose(base, editor, episodes.requests)
-    ranks, asks = signals.n_tokens(), [*episodes.wanted, *episodes.kept]
+    asks = [*episodes.wanted, *episodes.kept]
     if editor.settings.method == JOINT:
         joint = Joint(editor.regularisations())
         joint.add(signals, update)
         update, asks = joint.solve(), [replace(ask, edit=0) for ask in asks]
-        ranks = [max(a.shape[1] for a, _ in update.values())]
     elif episodes.n_stacks:
         update = stacked(update, episodes.n_stacks)
         asks = [replace(ask, edit=ask.edit % episodes.n_stacks) for ask in asks]
-        ranks = [max(a.shape[1] for a, _ in update.values())] * episodes.n_stacks
+    are_sums = editor.settings.method == JOINT or episodes.n_stacks > 0
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     whole = whole or episodes
     n_wanted, n_kept = len(whole.wanted), max(1, len(whole.kept))
     n_own = len(episodes.wanted)
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
-    # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many.
-    sizes = [(ranks[ask.edit] - 1).bit_length() for ask in asks]
-    for indices, texts in by_length(base, asks, n_tokens, sizes):
+    # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many. The
+    # factors of a sum are too large to be copied for every question under it: one sum at a time.
+    ranks = signals.n_tokens()
+    groups = [ask.edit if are_sums else (ranks[ask.edit] - 1).bit_length() for ask in asks]
+    for indices, texts in by_length(base, asks, n_tokens, groups):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
         order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_own)
         batch = base.collate([texts[i] for i in order])
         edits = torch.tensor([asks[indices[i]].edit for i in order], device=base.device)
-        rank = max(ranks[asks[i].edit] for i in indices)
         n_texts = sum(index < n_own for index in indices)
         n_answer = int((batch.rows < n_texts).sum())
 
-        logits = base.logits(batch, {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits)
+        if are_sums:
+            under, rows = {name: (a[edits[:1]], b[edits[:1]]) for name, (a, b) in leaves.items()}, None
+        else:
+            rank = max(ranks[asks[i].edit] for i in indices)
+            under, rows = {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits
+        logits = base.logits(batch, under, rows)
         surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
         kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
         logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
