@@ -72,7 +72,7 @@ def dense_sums(base: Base, editor: Editor, requests: Sequence[EditRequest], n_st
     return out
 
 
-def agrees(base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update]) -> None:
+def assert_agrees(base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update]) -> None:
     """Loss and gradient are those of autograd through each edit's dense update."""
     found = backward(base, editor, made, WEIGHT)
     gradients = [parameter.grad for parameter in editor.parameters()]
@@ -110,7 +110,7 @@ def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
     base, made = load(name), episodes(n_edits)
     editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), JOINT)
     update = dense_joint(base, editor, made.requests)
-    agrees(base, editor, made, lambda edit: update)
+    assert_agrees(base, editor, made, lambda edit: update)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -118,4 +118,4 @@ def test_stacked_edits_are_asked_under_their_sum(load: Callable[..., Base], name
     base, made = load(name), replace(episodes(5), n_stacks=2)
     editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), "instructedit")
     updates = dense_sums(base, editor, made.requests, 2)
-    agrees(base, editor, made, lambda edit: updates[edit % 2])
+    assert_agrees(base, editor, made, lambda edit: updates[edit % 2])
