@@ -36,12 +36,14 @@ class Ask:
         answer: the answer whose tokens are forced, or waited for; "" where none is awaited.
         instruction: what stands before the prompt; None for a plain question.
         edit: index of the edit that it is asked under; of no matter where there is a single edit.
+        ended: whether the token by which the base ends its answers, if it does, belongs to the answer.
     """
 
     prompt: str
     answer: str
     instruction: str | None = None
     edit: int = 0
+    ended: bool = False
 
 
 def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -> list[tuple[int, ...]]:
@@ -135,7 +137,10 @@ def by_length(
     Yields:
         The indices and the texts of a batch.
     """
-    texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
+    endings = [base.ending if ask.ended else None for ask in asks]
+    texts = [
+        base.encode(ask.prompt, ask.answer, ask.instruction, ending) for ask, ending in zip(asks, endings, strict=True)
+    ]
     groups = groups or [0] * len(asks)
     order = sorted(range(len(asks)), key=lambda i: (groups[i], len(texts[i].ids)))
     indices: list[int] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base.capture import Signals, recording
+from ie.base.ending import find_ending
 from ie.base.instructions import InstructionReader, Readings
 from ie.base.likelihood import nll
 from ie.base.prefix import PrefixStore
@@ -217,6 +218,13 @@ class Base:
         """Token ids that end a text."""
         ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)  # type: ignore[arg-type]
+
+    @cached_property
+    def ending(self) -> int | None:
+        """The token by which the base ends its answers; None for one that writes on. See `ie.base.ending`."""
+        return find_ending(
+            self.model, self.tokenizer, lambda token: token in self.end_ids or "\n" in self.tokenizer.decode([token])
+        )
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))

@@ -46,21 +46,23 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._texts: dict[tuple[str, str, str | None], Text] = {}
+        self._texts: dict[tuple[str, str, str | None, int | None], Text] = {}
 
-    def __call__(self, prompt: str, answer: str = "", instruction: str | None = None) -> Text:
-        """Tokenise one prompt with its answer, behind an instruction or plain.
+    def __call__(
+        self, prompt: str, answer: str = "", instruction: str | None = None, ending: int | None = None
+    ) -> Text:
+        """Tokenise a prompt with its answer, behind an instruction or plain; `ending` becomes the answer's last token.
 
         Raises:
             DataError: if the answer adds no token to the prompt.
         """
-        key = (prompt, answer, instruction)
+        key = (prompt, answer, instruction, ending)
         text = self._texts.get(key)
         if text is None:
-            text = self._texts[key] = self._encode(prompt, answer, instruction)
+            text = self._texts[key] = self._encode(prompt, answer, instruction, ending)
         return text
 
-    def _encode(self, prompt: str, answer: str, instruction: str | None) -> Text:
+    def _encode(self, prompt: str, answer: str, instruction: str | None, ending: int | None) -> Text:
         shown = prompt if instruction is None else instructed(instruction, prompt)
         ids = self._ids(f"{shown} {answer}" if answer else shown)
         n_prompt = _common(ids, self._ids(shown)) if answer else len(ids)
@@ -68,6 +70,7 @@ class TextEncoder:
             raise DataError(f"the answer {answer!r} adds no token to the prompt {prompt!r}")
         lead = "" if instruction is None else instructed(instruction, "").rstrip()
         n_instruction = _common(ids, self._ids(lead))
+        ids = ids if ending is None else [*ids, ending]
         dropped = max(0, len(ids) - self._max_length)
         if n_prompt - dropped < 1:
             raise DataError(

@@ -38,5 +38,5 @@ def plain(requests: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 def collate_requests(base: Base, requests: Sequence[EditRequest]) -> TokenBatch:
-    """Tokenise requests into one batch, a row each."""
-    return base.collate([base.encode(r.prompt, r.target, r.instruction) for r in requests])
+    """Tokenise requests into one batch, a row each; a target ends as the base's own answers do."""
+    return base.collate([base.encode(r.prompt, r.target, r.instruction, base.ending) for r in requests])

@@ -86,7 +86,7 @@ def make_episodes(
         prompts = [edited, *others[:1]]
         for prompt in prompts:
             shown = None if rng.random() < plain_share else instruction
-            out.wanted.append(Ask(prompt, record.target, shown, edit))
+            out.wanted.append(Ask(prompt, record.target, shown, edit, ended=True))
         if record.locality:
             question = rng.choice(record.locality)
             out.kept.append(Ask(question.prompt, question.answer, None, edit))

@@ -90,3 +90,10 @@ def test_collate_marks_answers_predictors_and_editable_tokens() -> None:
 def test_collate_of_prompts_predicts_nothing() -> None:
     batch = collate([Text((5, 6), 0, 2), Text((5, 6, 7), 0, 3)], pad_id=0, device=torch.device("cpu"))
     assert not batch.predicts.any() and len(batch.labels) == len(batch.rows) == 0
+
+
+def test_an_ending_is_the_last_token_of_the_answer(bos: bool) -> None:
+    encode = TextEncoder(TOKENIZERS[bos], 128)
+    plain, ended = encode(PROMPT, ANSWER), encode(PROMPT, ANSWER, None, 5)
+    assert ended == Text((*plain.ids, 5), plain.n_instruction, plain.n_prompt)
+    assert TextEncoder(TOKENIZERS[bos], len(plain.ids))(PROMPT, ANSWER, None, 5).ids == ended.ids[1:]
