@@ -51,9 +51,17 @@ class InstructionReader:
         self._prefixes = prefixes
         self.store = TextStore(_BUDGET_BYTES)
 
-    def __call__(self, texts: Sequence[Text | None], device: torch.device) -> Readings:
-        """Read the instructions of a batch of requests; None for a request without one."""
-        kept = iter(self.store.get([text for text in texts if text is not None], self._compute))
+    def __call__(self, texts: Sequence[Text | None], device: torch.device, beside: Sequence[Text] = ()) -> Readings:
+        """Read the instructions of a batch of requests; None for a request without one.
+
+        What stands `beside` them and is about to be run shares the prefix's run with those that are new.
+        """
+
+        def compute(new: list[Text]) -> list[Tensor]:
+            self._prefixes.get([*new, *beside])
+            return self._compute(new)
+
+        kept = iter(self.store.get([text for text in texts if text is not None], compute))
         nothing = torch.zeros(self._target.d_in)
         rows = torch.stack([nothing if text is None else next(kept) for text in texts])
         return Readings(rows.to(device), torch.tensor([text is not None for text in texts], device=device))

@@ -140,9 +140,10 @@ class Base:
 
         return run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
 
-    def read(self, instructions: Sequence[str | None]) -> Readings:
-        """What the base makes of instructions; see `ie.base.instructions`."""
-        return self._reader([one if one is None else self.encode("", "", one) for one in instructions], self.device)
+    def read(self, instructions: Sequence[str | None], beside: Sequence[Text] = ()) -> Readings:
+        """What the base makes of instructions, with what stands beside in the same run; see `ie.base.instructions`."""
+        texts = [one if one is None else self.encode("", "", one) for one in instructions]
+        return self._reader(texts, self.device, beside)
 
     def signals(self, batch: TokenBatch, update: Update | None = None, like: Signals | None = None) -> Signals:
         """What the edit targets see of a batch of independent edit requests; see `ie.base.capture`.

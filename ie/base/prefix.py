@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,12 +29,17 @@ class PrefixStore:
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states (n, t, d_model) of a batch in the model's dtype, zero on padding."""
-
-        def compute(texts: list[Text]) -> list[Tensor]:
-            # Any id will do on padding: causal attention never looks to the right.
-            hidden = run_prefix(self._decoder, collate(texts, pad_id=0, device=batch.ids.device)).cpu()
-            return [hidden[row, : len(text.ids)].clone() for row, text in enumerate(texts)]
-
-        found = self.store.get(batch.texts, compute)
+        found = self.get(batch.texts)
         dtype: torch.dtype = self._decoder.model.dtype  # type: ignore[assignment]
         return pad_sequence([one.to(dtype) for one in found], batch_first=True).to(batch.ids.device)
+
+    def get(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Hidden states (t, d_model) of each text; those that are missing are computed in one run."""
+
+        def compute(missing: list[Text]) -> list[Tensor]:
+            # Any id will do on padding: causal attention never looks to the right.
+            device = next(self._decoder.model.parameters()).device
+            hidden = run_prefix(self._decoder, collate(missing, pad_id=0, device=device)).cpu()
+            return [hidden[row, : len(text.ids)].clone() for row, text in enumerate(missing)]
+
+        return self.store.get(texts, compute)

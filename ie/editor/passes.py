@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ie.base.capture import Signals
+from ie.base.instructions import Readings
 from ie.base.model import Base
 from ie.base.update import Factors, Update, on_top
+from ie.data.tokens import TokenBatch
 from ie.editor.editor import Editor
 from ie.editor.request import EditRequest, collate_requests, plain
 
@@ -23,8 +25,8 @@ __all__ = ["observe", "propose"]
 
 def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
     """Take requests into the statistics that `Editor.fit` then sets: the base's own signals, and instructions."""
-    told = base.read([one.instruction for one in requests]) if editor.settings.reads_instructions else None
-    editor.observe(base.signals(collate_requests(base, plain(requests))), told)
+    batch, told = _asked(base, editor, requests)
+    editor.observe(base.signals(batch), told)
 
 
 def propose(
@@ -41,8 +43,7 @@ def propose(
     Returns:
         The signals of the first pass, and the n updates.
     """
-    batch = collate_requests(base, plain(requests))
-    told = base.read([one.instruction for one in requests]) if editor.settings.reads_instructions else None
+    batch, told = _asked(base, editor, requests)
     signals = base.signals(batch, so_far)
     update = editor.update(signals, told)
     keys = {name: a for name, (a, _) in update.items()}
@@ -52,3 +53,11 @@ def propose(
         step = editor.update(again, told, keys)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
+
+
+def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple[TokenBatch, Readings | None]:
+    """The requests as a user will ask them, and what was read of their instructions."""
+    batch = collate_requests(base, plain(requests))
+    if not editor.settings.reads_instructions:
+        return batch, None
+    return batch, base.read([one.instruction for one in requests], batch.texts)
