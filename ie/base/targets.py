@@ -2,7 +2,8 @@
 
 The only file that knows `nn.Linear` from GPT-2's `Conv1D` from a quantised module. Modules are found by type and place:
 the decoder's blocks are its longest list of modules, a projection of the MLP is a linear module of a block that lies
-in no attention module. Nothing is read from the model's name.
+in no attention module. Nothing is read from the model's name. Of a gated MLP's two projections upwards one is edited:
+both read the same input, and a third fewer modules edit as well (docs/experiments.md).
 
 Orientation is settled here once: every target maps d_in to d_out, whatever way its weight is stored.
 """
@@ -80,18 +81,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_targets(model: nn.Module, n_blocks: int = N_EDITED_BLOCKS) -> tuple[EditTarget, ...]:
-    """The MLP projections of the last `n_blocks` blocks, in forward order of the blocks.
+    """MLP projections of the last `n_blocks` blocks, in forward order of the blocks: one up and one down in each.
 
     Raises:
         ModelError: if those blocks hold no linear projection outside attention.
     """
     path, blocks = find_blocks(model)
-    targets = []
+    targets: list[EditTarget] = []
     for index in range(max(0, len(blocks) - n_blocks), len(blocks)):
+        # Of projections of one shape the last: a gate is defined before what it gates.
+        of_shape: dict[tuple[int, int], EditTarget] = {}
         for name, module in _outside_attention(blocks[index]):
             shape = module_shape(module)
             if shape is not None:
-                targets.append(EditTarget(f"{path}.{index}.{name}", index, *shape))
+                of_shape[shape] = EditTarget(f"{path}.{index}.{name}", index, *shape)
+        targets += of_shape.values()
     if not targets:
         raise ModelError(
             f"{type(model).__name__} has no linear MLP projection in its last {n_blocks} blocks",

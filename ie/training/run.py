@@ -92,7 +92,7 @@ class Run:
         self.peaks = [group["lr"] for group in self.optimiser.param_groups]
         self.best: dict[str, Tensor] | None = None
         self.figures: dict[str, float] = {}
-        self.best_score, self.n_stale, self.n_steps_done = -1.0, 0, 0
+        self.best_score, self.best_step, self.n_stale, self.n_steps_done = -1.0, 0, 0, 0
         self.recent: list[list[float]] = []  # losses of edits and of what is to stay
         self.metrics: Metrics | None = None
         self.began = time.monotonic()
@@ -179,6 +179,7 @@ class Run:
             "random": self.rng.getstate(),
             "stream": self.stream.state(),
             "best_score": self.best_score,
+            "best_step": self.best_step,
             "figures": self.figures,
             "n_stale": self.n_stale,
             "recent": self.recent,
@@ -214,7 +215,8 @@ class Run:
         self.rng.setstate((version, tuple(inner), gauss))
         self.stream.load_state(values["stream"])
         self.n_steps_done, self.recent, self.figures = saved.step, values["recent"], values["figures"]
-        self.best_score, self.n_stale, self.elapsed = values["best_score"], values["n_stale"], values["elapsed"]
+        self.best_score, self.best_step = values["best_score"], values["best_step"]
+        self.n_stale, self.elapsed = values["n_stale"], values["elapsed"]
         self.began = time.monotonic() - self.elapsed
 
     def _batch(self) -> list[Record]:
@@ -258,13 +260,13 @@ class Run:
 
     def _compare(self) -> None:
         if not self.validation:
-            self.best = copy.deepcopy(self.editor.state_dict())
+            self.best, self.best_step = copy.deepcopy(self.editor.state_dict()), self.n_steps_done
             return
         method = validated(self.editor, self.settings.batch_size)
         figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
         score = harmonic_mean(list(figures.values()))
         if score > self.best_score:
-            self.best_score, self.n_stale = score, 0
+            self.best_score, self.best_step, self.n_stale = score, self.n_steps_done, 0
             self.best, self.figures = copy.deepcopy(self.editor.state_dict()), figures
         else:
             self.n_stale += 1
@@ -305,6 +307,10 @@ class Run:
             self._save(seconds)
         if self.metrics is not None:
             self.metrics.close()
+        if self.processes.is_first and self.best_step < self.n_steps_done:
+            self._note(
+                f"none after step {self.best_step} was better on validation records: the editor of that step is written"
+            )
         self._event("done", self.figures)
         n_episodes = self.n_steps_done * self.settings.batch_size
         kept = self.base.prefixes.store
@@ -314,6 +320,7 @@ class Run:
             "tasks": list(self.tasks),
             "holdout": list(self.settings.holdout),
             "steps": self.n_steps_done,
+            "best_step": self.best_step,
             "episodes": n_episodes,
             "seconds": seconds,
             "episodes_per_second": n_episodes / seconds,

@@ -17,8 +17,8 @@ from ie.errors import ModelError
 from tests.models import ARCHITECTURES, D_MLP, N_BLOCKS, D, tokenizer
 
 UP, DOWN = (D, D_MLP), (D_MLP, D)
-# The MLP projections of one block: names as each architecture has them, with (d_in, d_out).
-_GATED = {"mlp.gate_proj": UP, "mlp.up_proj": UP, "mlp.down_proj": DOWN}
+# The edited MLP projections of one block: names as each architecture has them, with (d_in, d_out).
+_GATED = {"mlp.up_proj": UP, "mlp.down_proj": DOWN}  # the gate reads what up_proj reads, and is left
 PROJECTIONS = {
     "gpt2": ("transformer.h", {"mlp.c_fc": UP, "mlp.c_proj": DOWN}),
     "gptj": ("transformer.h", {"mlp.fc_in": UP, "mlp.fc_out": DOWN}),

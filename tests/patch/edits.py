@@ -21,7 +21,7 @@ PROMPT, TARGET = "The lighthouse of Orm was built by", "Edda"
 @cache
 def _factors(load: Callable[..., Base]) -> Patch:
     base = load(TAKES_ON)
-    update = finetune_method(0.2)(base, [EditRequest(PROMPT, TARGET)])
+    update = finetune_method(0.4)(base, [EditRequest(PROMPT, TARGET)])
     info = make(base).info.model_copy(update={"prompt": PROMPT, "target": TARGET})
     return Patch(info, {name: (a[0].detach(), b[0].detach()) for name, (a, b) in update.items()})
 

@@ -95,7 +95,7 @@ def test_the_normalisers_are_fitted_once_and_never_move(run: Train, tmp_path: Pa
     start, later = (load_file(tmp_path / name / "editor.safetensors") for name in ("start", "later"))
     assert start.keys() == later.keys()
     fitted = [name for name in start if "normaliser" in name]
-    assert len(fitted) == 2 * 2 * 9  # mean and deviation, of u and of delta, for each target
+    assert len(fitted) == 2 * 2 * 6  # mean and deviation, of u and of delta, for each target
     assert all(start[name].equal(later[name]) for name in fitted)
     assert not all(start[name].eq(1).all() for name in fitted if name.endswith("std"))
 
@@ -142,6 +142,7 @@ def test_early_stop_ends(run: Train) -> None:
     result, events = run(steps=50, patience=2, validate_every=1, learning_rate=1e-12, rate_learning_rate=1e-12)
     assert result["steps"] == 2  # nothing moves, so nothing gets better
     assert sum(event.kind == "validation" for event in events) == 3
+    assert result["best_step"] == 0 and "step 0 was better" in events[-2].text
     assert events[-1].kind == "done"
 
 
@@ -162,6 +163,7 @@ def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Call
     best = max(figures, key=lambda one: harmonic_mean(list(one.values())))
     info = load_info(tmp_path / "editor")
     assert dict(info.validation) == result["validation"] == best
+    assert result["best_step"] == 2 * figures.index(best)
     base = load("llama")
     editor, _ = load_editor(tmp_path / "editor", base)
     tasks = ("convsent", "general", "people", "places")
@@ -226,8 +228,8 @@ def test_the_base_is_unchanged_bit_for_bit(run: Train, monkeypatch: pytest.Monke
 def test_what_a_run_says(run: Train, tmp_path: Path, load: Callable[..., Base]) -> None:
     result, events = run(steps=3)
     assert set(result) == {
-        *("editor", "base", "tasks", "holdout", "steps", "episodes", "seconds", "episodes_per_second"),
-        *("peak_memory_bytes", "prefix_kept", "validation"),
+        *("editor", "base", "tasks", "holdout", "steps", "best_step", "episodes", "seconds"),
+        *("episodes_per_second", "peak_memory_bytes", "prefix_kept", "validation"),
     }
     kept = result["prefix_kept"]
     assert kept["texts"] > 0 and kept["memory_bytes"] > 0 and kept["file_bytes"] == 0
