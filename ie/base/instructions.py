@@ -56,12 +56,11 @@ class InstructionReader:
 
         What stands `beside` them and is about to be run shares the prefix's run with those that are new.
         """
-
-        def compute(new: list[Text]) -> list[Tensor]:
+        told = [text for text in texts if text is not None]
+        new = [text for text in told if text not in self.store]
+        if new:
             self._prefixes.get([*new, *beside])
-            return self._compute(new)
-
-        kept = iter(self.store.get([text for text in texts if text is not None], compute))
+        kept = iter(self.store.get(told, self._compute))
         nothing = torch.zeros(self._target.d_in)
         rows = torch.stack([nothing if text is None else next(kept) for text in texts])
         return Readings(rows.to(device), torch.tensor([text is not None for text in texts], device=device))

@@ -45,6 +45,10 @@ class TextStore:
     def __len__(self) -> int:
         return len(self._kept) + len(self._absent) + (len(self._file) if self._file else 0)
 
+    def __contains__(self, text: Text) -> bool:
+        """Whether a text's tensor is kept in memory, or was by the store that this one goes on from."""
+        return (key := self._key(text)) in self._kept or key in self._absent
+
     @property
     def n_file_bytes(self) -> int:
         """How much the file holds."""
