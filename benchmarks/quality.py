@@ -47,7 +47,8 @@ HARMONIC = "harmonic-mean"
 # Chosen for published facts, where an edit spreads to the same relation of other subjects first (docs/experiments.md).
 SETTINGS = {
     "balance": False, "related_negatives": True, "n_negatives": 1, "locality_weight": 1.5, "batch_size": 8,
-    "learning_rate": 4e-3, "rate": 1.5e-3, "rate_learning_rate": 3e-2, "passes": 4, "validate_every": 200,
+    "learning_rate": 4e-3, "rate": 1.5e-3, "rate_learning_rate": 3e-2, "passes": 4,
+    "validate_every": 100_000,  # at the start and the end: where the rate decays to zero, between them it picks noise
     "patience": None,
 }  # fmt: skip
 CONFIG = "training.yaml"

@@ -10,7 +10,10 @@ target is likely, and a network must then make up what a second look would show 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from ie.base.capture import Signals
 from ie.base.instructions import Readings
@@ -45,12 +48,12 @@ def propose(
     """
     batch, told = _asked(base, editor, requests)
     signals = base.signals(batch, so_far)
-    update = editor.update(signals, told)
+    update = _update(base, editor, signals, told)
     keys = {name: a for name, (a, _) in update.items()}
     for _ in range(editor.settings.passes - 1):
         made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
         again = base.signals(batch, on_top(so_far, made) if so_far else made, like=signals)
-        step = editor.update(again, told, keys)
+        step = _update(base, editor, again, told, keys)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
 
@@ -61,3 +64,11 @@ def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple
     if not editor.settings.reads_instructions:
         return batch, None
     return batch, base.read([one.instruction for one in requests], batch.texts)
+
+
+def _update(
+    base: Base, editor: Editor, signals: Signals, told: Readings | None, keys: Mapping[str, Tensor] | None = None
+) -> dict[str, Factors]:
+    """One pass, with the editor's matrix products in bf16 beside a base in bf16: as fast there as the base's own."""
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=base.model.dtype == torch.bfloat16):
+        return editor.update(signals, told, keys)
