@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -120,3 +121,19 @@ def test_on_a_model_as_edited_so_far(load: Callable[..., Base]) -> None:
         for module, change in dense(reference(under, editor, request, told), 0).items():
             found = dense(update, edit)[module].detach()
             torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_beside_a_base_in_bf16_products_are_rounded_and_updates_are_not(
+    load: Callable[..., Base], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(name, dtype="bfloat16")
+    editor = moved(base)
+    _, update = propose(base, editor, REQUESTS)
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())
+    _, exact = propose(base, editor, REQUESTS)
+    for key, factors in update.items():
+        for found, expected in zip(factors, exact[key], strict=True):
+            assert found.dtype == torch.float32
+            difference = float((found - expected).detach().norm() / expected.detach().norm())
+            assert 0 < difference < 0.05, key
