@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.commands import ie
+from benchmarks.verdict import CONFLICTING, JUDGED, shortfalls, tables
 
-CONFLICTING = ("one-wording", "every-wording")
 SOURCES = (
     "counterfact=counterfact/counterfact-train.json",
     "counterfact=counterfact/counterfact-val.json",
@@ -36,13 +36,6 @@ SOURCES = (
 )
 # The same facts twice: in one task the instruction says that other wordings follow, in the other that they must not.
 SCOPES = tuple(f"{task}=counterfact/counterfact-{part}.json" for task in CONFLICTING for part in ("train", "val"))
-JUDGED = ("counterfact", "recent", "zsre")
-AIMS = {
-    "counterfact": {"reliability": 0.97, "generalization": 0.85, "locality-known": 0.85},
-    "recent": {"reliability": 0.95, "locality": 0.92},
-    "zsre": {"reliability": 0.93, "generalization": 0.88, "locality": 0.95},
-}
-HARMONIC = "harmonic-mean"
 
 # Chosen for published facts, where an edit spreads to the same relation of other subjects first (docs/experiments.md).
 SETTINGS = {
@@ -62,8 +55,6 @@ COMPARED: dict[str, tuple[str, ...]] = {
 EDITORS = {**COMPARED, "scopes": ("--data", "scopes")}
 OF_ALL_TASKS = ("instructedit", "mend")
 _THREADS = None if torch.cuda.is_available() else 1
-
-Rows = list[dict[str, Any]]
 
 
 def build(folder: Path, published: Path) -> None:
@@ -97,7 +88,7 @@ def train_all(folder: Path, base: Path, seeds: Sequence[int], minutes: float) ->
 
 
 def report(folder: Path, seed: int, limit: int) -> dict[str, Any]:
-    """All editors of a seed and the training-free methods on the same records, and the controls in files beside it."""
+    """All editors of a seed and the training-free methods on the same records, and both controls' reports."""
     common = ("--limit", str(limit), "--seed", str(seed), "--force")
 
     def evaluate(name: str, *args: str) -> dict[str, Any]:
@@ -106,66 +97,15 @@ def report(folder: Path, seed: int, limit: int) -> dict[str, Any]:
 
     judged = ("--data", "data", "--holdout", "zsre", "--tasks", ",".join(JUDGED))
     scopes = ("--data", "scopes", "--editor", f"scopes-{seed}", "--tasks", ",".join(CONFLICTING))
-    evaluate("controls", *judged, "--editor", f"instructedit-{seed}", "--controls", "--no-generate")
-    evaluate("conflicting", *scopes, "--controls", "--no-generate")
+    controls = evaluate("controls", *judged, "--editor", f"instructedit-{seed}", "--controls", "--no-generate")
+    conflicting = evaluate("conflicting", *scopes, "--controls", "--no-generate")
     flags = [part for name in COMPARED for part in ("--editor", f"{name}-{seed}")]
-    return evaluate("report", *judged, *flags, "--methods", "none,finetune,gradient")
-
-
-def table(results: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """A line for each seed, task and method: forced figures, and the generated reliability."""
-    metrics = ("reliability", "generalization", "locality", "locality-known", HARMONIC)
-    yield f"| seed | task | method | {' | '.join(metrics)} | reliability, generated |"
-    yield "|---" * (len(metrics) + 4) + "|"
-    for seed, result in results.items():
-        rows = [row for row in result["rows"] if row["query"] == "plain" and "control" not in row]
-        for task in JUDGED:
-            for method in dict.fromkeys(_name(row) for row in rows):
-                own = {
-                    (r["metric"], r["decoding"]): r["value"] for r in rows if r["task"] == task and _name(r) == method
-                }
-                keys = [*((metric, "forced") for metric in metrics), ("reliability", "generated")]
-                cells = [f"{100 * own[key]:.1f}" if key in own else "-" for key in keys]
-                yield f"| {seed} | {task} | {method} | {' | '.join(cells)} |"
-
-
-def shortfalls(results: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """What stays below its aim."""
-    for seed, result in results.items():
-        own = [r for r in result["rows"] if _name(r) == f"instructedit-{seed}" and "control" not in r]
-        plain = {(r["task"], r["metric"], r["decoding"]): r["value"] for r in own if r["query"] == "plain"}
-        for task, aims in AIMS.items():
-            for metric, aim in aims.items():
-                if plain[task, metric, "forced"] < aim:
-                    yield f"seed {seed}: {task} {metric} {plain[task, metric, 'forced']:.3f}, aim {aim}"
-            lost = plain[task, "reliability", "forced"] - plain[task, "reliability", "generated"]
-            if lost > 0.08:
-                yield f"seed {seed}: {task} generated reliability {lost:.3f} below forced, aim 0.08"
-        yield from _against(seed, result)
-
-
-def _against(seed: int, result: dict[str, Any]) -> Iterator[str]:
-    bounds = {"finetune": 0.10, "gradient": 0.10, f"only-counterfact-{seed}": -0.02, f"only-recent-{seed}": -0.02}
-    for row in result["differences"]:
-        way = (row["metric"], row["query"], row["decoding"])
-        if way != (HARMONIC, "plain", "forced") or row.get("editor") != f"instructedit-{seed}" or "control" in row:
-            continue
-        other, task = row.get("versus_editor", row["versus"]), row["task"]
-        if other.startswith("only-") and task not in other:
-            continue
-        if other in bounds and row["value"] < bounds[other]:
-            yield f"seed {seed}: {task} {row['value']:+.3f} of {other}'s harmonic mean, aim {bounds[other]:+.2f}"
-        if other == f"mend-{seed}" and row["high"] < 0:
-            yield f"seed {seed}: {task} below mend by {-row['value']:.3f}, beyond chance"
-
-
-def _name(row: dict[str, Any]) -> str:
-    name: str = row.get("editor", row["method"])
-    return name
+    compared = evaluate("report", *judged, *flags, "--methods", "none,finetune,gradient")
+    return {"compared": compared, "controls": controls, "conflicting": conflicting}
 
 
 def main() -> int:
-    """Measure every seed, print the table and what falls short."""
+    """Measure every seed, print the tables and what falls short."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("data", type=Path)
@@ -182,7 +122,7 @@ def main() -> int:
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
         results = dict(zip(seeds, pool.map(lambda seed: report(args.out, seed, args.limit), seeds), strict=True))
     missed = list(shortfalls(results))
-    sys.stdout.write((json.dumps(results) if args.json else "\n".join([*table(results), "", *missed])) + "\n")
+    sys.stdout.write((json.dumps(results) if args.json else "\n".join([*tables(results), "", *missed])) + "\n")
     return 1 if missed else 0
 
 

@@ -2,7 +2,8 @@
 
 Some CPUs multiply bf16 matrices several times as fast as fp32 ones. Their kernels are built anew for each new shape,
 though, and the rest of a step is no faster: with small matrices nothing is gained (benchmarks/README.md), and fp32 it
-stays. Statistics, rates, update and losses are fp32 in any case.
+stays. Statistics, rates, updates and losses are fp32 in any case; beside a base in bf16 the hypernetwork's products are
+bf16 too (`ie.editor.passes`).
 """
 
 from __future__ import annotations
