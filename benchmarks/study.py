@@ -1,0 +1,125 @@
+"""What each choice is worth: `python -m benchmarks.study BASE DATA [--only NAME,...]`.
+
+Each row changes one setting of those that `benchmarks.quality` trains with, for equally many steps and two seeds; zsre
+is held out. Of the start and the end that editor is judged which validation prefers, as with every training. Test
+records under instructions in held-out wordings, plain questions, forced. What was trained and measured is kept in --out
+and not done again; as many rows at a time as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.commands import ie
+from benchmarks.quality import SETTINGS, build
+from benchmarks.verdict import JUDGED
+
+ROWS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "rank 32": {"rank": 32},
+    "rank 512": {"rank": 512},
+    "no layer": {"n_layers": 0},
+    "1 layer": {"n_layers": 1},
+    "4 layers": {"n_layers": 4},
+    "1 pass": {"passes": 1},
+    "2 passes": {"passes": 2},
+    "keys not whitened": {"n_whitened": 0},
+    "rates from half": {"rate": 7.5e-4},
+    "rates from twice": {"rate": 3e-3},
+    "opening share 1": {"opening_share": 1.0},
+    "learning rate a quarter": {"learning_rate": 1e-3},
+    "locality weight half": {"locality_weight": 0.75},
+    "locality weight twice": {"locality_weight": 3.0},
+    "no negative": {"n_negatives": 0},
+    "unrelated negative": {"related_negatives": False},
+    "2 negatives": {"n_negatives": 2},
+    "plain questions alone": {"plain_share": 1.0},
+    "half of the questions instructed": {"plain_share": 0.5},
+    "no sums": {"stacked_share": 0.0},
+    "tasks drawn evenly": {"balance": True},
+    "no instruction": {"method": "mend"},
+    "1 task": {"tasks": ["counterfact"]},
+    "2 tasks": {"tasks": ["counterfact", "recent"]},
+    "3 tasks": {"tasks": ["counterfact", "recent", "wikifactdiff"]},
+}
+_SHOWN = {
+    "counterfact": ("reliability", "generalization", "locality", "locality-known", "harmonic-mean"),
+    "recent": ("reliability", "locality", "harmonic-mean"),
+    "zsre": ("reliability", "generalization", "locality", "harmonic-mean"),
+}
+_THREADS = None if torch.cuda.is_available() else 1
+
+
+def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: int) -> dict[str, Any]:
+    """Train and judge one row of one seed: the step kept, steps per second, and figures by task and metric."""
+    key = f"{name.replace(' ', '-')}-{seed}-{steps}"
+    found = folder / f"{key}.json"
+    if not found.exists():
+        (folder / f"{key}.yaml").write_text(json.dumps({**SETTINGS, **ROWS[name]}), encoding="utf-8")  # JSON is YAML
+        common = ("--model", str(base.resolve()), "--data", "data", "--seed", str(seed), "--force")
+        config = ("--config", f"{key}.yaml", "--steps", str(steps), "--out", key)
+        trained = ie(folder, "train", *common, *config, threads=_THREADS)
+        judged = ("--holdout", "zsre", "--tasks", ",".join(JUDGED), "--limit", str(limit), "--no-generate")
+        rows = ie(folder, "eval", *common, "--editor", key, *judged, threads=_THREADS)["rows"]
+        figures = {
+            f"{row['task']} {row['metric']}": row["value"]
+            for row in rows
+            if row["method"] != "none" and (row["query"], row["decoding"]) == ("plain", "forced")
+        }
+        speed = trained["steps"] / trained["seconds"]
+        result = {"row": name, "seed": seed, "step": trained["best_step"], "speed": speed, "figures": figures}
+        found.write_text(json.dumps(result), encoding="utf-8")
+    kept: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    return kept
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each row and seed."""
+    heads = [f"{task}: {' / '.join(metrics)}" for task, metrics in _SHOWN.items()]
+    yield f"| | seed | step | steps per second | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 4) + "|"
+    for one in results:
+        cells = [_cell(one["figures"], task) for task in _SHOWN]
+        yield f"| {one['row']} | {one['seed']} | {one['step']} | {one['speed']:.2f} | {' | '.join(cells)} |"
+
+
+def _cell(figures: Mapping[str, float], task: str) -> str:
+    return " / ".join(f"{100 * figures[f'{task} {metric}']:.1f}" for metric in _SHOWN[task])
+
+
+def main() -> int:
+    """Measure the rows asked for and print a table, or one JSON array."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("study"))
+    parser.add_argument("--only", default=",".join(ROWS))
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--limit", type=int, default=150, help="test records of a task")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    build(args.out, args.data)
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+        running = [
+            pool.submit(measure, args.out, args.base, name, int(seed), args.steps, args.limit)
+            for name in args.only.split(",")
+            for seed in args.seeds.split(",")
+        ]
+        results = [one.result() for one in running]
+    sys.stdout.write((json.dumps(results) if args.json else "\n".join(table(results))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
