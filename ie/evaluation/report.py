@@ -103,7 +103,7 @@ def evaluate(
         The JSON object of `ie eval`.
 
     Raises:
-        InputError: if an editor was trained on the hold-out, or there is nothing to measure.
+        InputError: if an editor was trained on the hold-out, or there is nothing to measure, or to choose settings on.
         BaseMismatchError: if an editor was made for another base.
     """
     infos = [load_info(folder) for folder in editors]
@@ -186,13 +186,18 @@ def _training_free(
         "gradient": partial(gradient_method, before.base, seen),
         "ultra": partial(ultra_method, before.base, seen),
     }
-    for name in methods:
-        if name in makers:
-            setting = best_setting(before.base, makers[name], _SETTINGS[name], tuning, before)
-            shown = {key: f"{value:g}" for key, value in setting.items()}
-            said = ", ".join(f"{key} {value}" for key, value in shown.items())
-            on_note(f"{name}: {said}, chosen on {len(tuning)} validation records")
-            yield Contestant(name, makers[name](**setting), shown)
+    wanted = [name for name in methods if name in makers]
+    if wanted and not (tuning and seen):
+        raise InputError(
+            f"{', '.join(wanted)}: settings are chosen on training and validation records, and there are none",
+            hint="leave --methods out, or build a dataset with training records too",
+        )
+    for name in wanted:
+        setting = best_setting(before.base, makers[name], _SETTINGS[name], tuning, before)
+        shown = {key: f"{value:g}" for key, value in setting.items()}
+        said = ", ".join(f"{key} {value}" for key, value in shown.items())
+        on_note(f"{name}: {said}, chosen on {len(tuning)} validation records")
+        yield Contestant(name, makers[name](**setting), shown)
 
 
 def _limited(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ie.base import Base
+from ie.data.build import Source, build
 from ie.editor import Editor, EditorSettings, save_editor
 from ie.errors import BaseMismatchError, InputError
 from ie.evaluation import evaluate
@@ -104,6 +105,15 @@ def test_another_base_is_refused(
 def test_a_task_without_records_is_refused(checkpoint: Callable[..., Path], dataset: Path) -> None:
     with pytest.raises(InputError, match="no task 'unknown'"):
         evaluate(editors=[], data=dataset, model=str(checkpoint("gpt2")), tasks=["unknown"], device="cpu")
+
+
+def test_settings_are_not_chosen_on_test_records(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "facts.jsonl").write_text('{"task": "zsre", "subject": "Orm", "prompt": "Orm is in", "target": "Varn"}')
+    build(tmp_path / "data", [Source.parse(f"zsre:test={tmp_path / 'facts.jsonl'}")])
+    options: dict[str, Any] = {"data": tmp_path / "data", "model": str(checkpoint("gpt2")), "device": "cpu"}
+    assert evaluate(editors=[], generate=False, **options)["rows"]
+    with pytest.raises(InputError, match="finetune: settings are chosen on training and validation records"):
+        evaluate(editors=[], methods=["finetune"], generate=False, **options)
 
 
 def test_the_same_call_gives_the_same_rows(checkpoint: Callable[..., Path], dataset: Path) -> None:
