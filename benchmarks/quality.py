@@ -24,8 +24,7 @@ import torch
 from benchmarks.commands import ie
 from benchmarks.verdict import CONFLICTING, JUDGED, shortfalls, tables
 
-# Of zsre those of its test records whose answers the bases are likely to know: what a base cannot answer anyway, any
-# edit changes.
+# Of zsre those of its test records that the base has read: its answers to what it cannot answer change with any edit.
 SOURCES = (
     "counterfact=counterfact/counterfact-train.json",
     "counterfact=counterfact/counterfact-val.json",
@@ -56,7 +55,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 EDITORS = {**COMPARED, "scopes": ("--data", "scopes")}
 OF_ALL_TASKS = ("instructedit", "mend")
-_THREADS = None if torch.cuda.is_available() else 1
+# One thread each wastes least of a small base; a GPU is for one at a time.
+THREADS, N_AT_ONCE = (None, 1) if torch.cuda.is_available() else (1, os.cpu_count())
 
 
 def build(folder: Path, published: Path) -> None:
@@ -73,13 +73,13 @@ def train(folder: Path, base: Path, name: str, seed: int, minutes: float, *more:
     if not (folder / out / "editor.json").exists():
         common = ("--model", str(base.resolve()), "--data", "data", "--out", out, "--seed", str(seed))
         config = ("--config", CONFIG, "--minutes", str(minutes), "--steps", "1000000")
-        ie(folder, "train", *common, *config, "--force", *more, threads=_THREADS)
+        ie(folder, "train", *common, *config, "--force", *more, threads=THREADS)
 
 
 def train_all(folder: Path, base: Path, seeds: Sequence[int], minutes: float) -> None:
-    """Every editor of every seed, as many at once as there are cores: one thread each wastes least of a small base."""
+    """Every editor of every seed, as many at once as there are cores."""
     (folder / CONFIG).write_text(json.dumps(SETTINGS), encoding="utf-8")  # JSON is YAML
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:
         running = [
             pool.submit(train, folder, base, name, seed, minutes if name in OF_ALL_TASKS else minutes / 2, *more)
             for seed in seeds
@@ -95,7 +95,7 @@ def report(folder: Path, seed: int, limit: int) -> dict[str, Any]:
 
     def evaluate(name: str, *args: str) -> dict[str, Any]:
         files = ("--out", f"{name}-{seed}.json", "--markdown", f"{name}-{seed}.md")
-        return ie(folder, "eval", *args, *common, *files, threads=_THREADS)
+        return ie(folder, "eval", *args, *common, *files, threads=THREADS)
 
     judged = ("--data", "data", "--holdout", "zsre", "--tasks", ",".join(JUDGED))
     scopes = ("--data", "scopes", "--editor", f"scopes-{seed}", "--tasks", ",".join(CONFLICTING))
@@ -121,7 +121,7 @@ def main() -> int:
     build(args.out, args.data)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     train_all(args.out, args.base, seeds, args.minutes)
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:
         results = dict(zip(seeds, pool.map(lambda seed: report(args.out, seed, args.limit), seeds), strict=True))
     missed = list(shortfalls(results))
     sys.stdout.write((json.dumps(results) if args.json else "\n".join([*tables(results), "", *missed])) + "\n")

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.commands import ie
-from benchmarks.quality import SETTINGS, build
+from benchmarks.quality import N_AT_ONCE, SETTINGS, THREADS, build
 from benchmarks.verdict import JUDGED
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -56,7 +53,6 @@ _SHOWN = {
     "recent": ("reliability", "locality", "harmonic-mean"),
     "zsre": ("reliability", "generalization", "locality", "harmonic-mean"),
 }
-_THREADS = None if torch.cuda.is_available() else 1
 
 
 def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: int) -> dict[str, Any]:
@@ -67,9 +63,9 @@ def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: i
         (folder / f"{key}.yaml").write_text(json.dumps({**SETTINGS, **ROWS[name]}), encoding="utf-8")  # JSON is YAML
         common = ("--model", str(base.resolve()), "--data", "data", "--seed", str(seed), "--force")
         config = ("--config", f"{key}.yaml", "--steps", str(steps), "--out", key)
-        trained = ie(folder, "train", *common, *config, threads=_THREADS)
+        trained = ie(folder, "train", *common, *config, threads=THREADS)
         judged = ("--holdout", "zsre", "--tasks", ",".join(JUDGED), "--limit", str(limit), "--no-generate")
-        rows = ie(folder, "eval", *common, "--editor", key, *judged, threads=_THREADS)["rows"]
+        rows = ie(folder, "eval", *common, "--editor", key, *judged, threads=THREADS)["rows"]
         figures = {
             f"{row['task']} {row['metric']}": row["value"]
             for row in rows
@@ -110,7 +106,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     build(args.out, args.data)
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:
         running = [
             pool.submit(measure, args.out, args.base, name, int(seed), args.steps, args.limit)
             for name in args.only.split(",")
