@@ -1,9 +1,8 @@
 """What each choice is worth: `python -m benchmarks.study BASE DATA [--only NAME,...]`.
 
 Each row changes one setting of those that `benchmarks.quality` trains with, for equally many steps and two seeds; zsre
-is held out. Of the start and the end that editor is judged which validation prefers, as with every training. Test
-records under instructions in held-out wordings, plain questions, forced. What was trained and measured is kept in --out
-and not done again; as many rows at a time as there are cores.
+is held out. Test records under instructions in held-out wordings, plain questions, forced. What was trained and measured
+is kept in --out and not done again; as many rows at a time as there are cores.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "half of the questions instructed": {"plain_share": 0.5},
     "no sums": {"stacked_share": 0.0},
     "tasks drawn evenly": {"balance": True},
+    "in bf16": {"dtype": "bfloat16"},
     "no instruction": {"method": "mend"},
     "1 task": {"tasks": ["counterfact"]},
     "2 tasks": {"tasks": ["counterfact", "recent"]},
@@ -56,7 +56,7 @@ _SHOWN = {
 
 
 def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: int) -> dict[str, Any]:
-    """Train and judge one row of one seed: the step kept, steps per second, and figures by task and metric."""
+    """Train and judge one row of one seed: steps per second, and figures by task and metric."""
     key = f"{name.replace(' ', '-')}-{seed}-{steps}"
     found = folder / f"{key}.json"
     if not found.exists():
@@ -72,7 +72,7 @@ def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: i
             if row["method"] != "none" and (row["query"], row["decoding"]) == ("plain", "forced")
         }
         speed = trained["steps"] / trained["seconds"]
-        result = {"row": name, "seed": seed, "step": trained["best_step"], "speed": speed, "figures": figures}
+        result = {"row": name, "seed": seed, "speed": speed, "figures": figures}
         found.write_text(json.dumps(result), encoding="utf-8")
     kept: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
     return kept
@@ -81,11 +81,11 @@ def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: i
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each row and seed."""
     heads = [f"{task}: {' / '.join(metrics)}" for task, metrics in _SHOWN.items()]
-    yield f"| | seed | step | steps per second | {' | '.join(heads)} |"
-    yield "|---" * (len(heads) + 4) + "|"
+    yield f"| | seed | steps per second | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 3) + "|"
     for one in results:
         cells = [_cell(one["figures"], task) for task in _SHOWN]
-        yield f"| {one['row']} | {one['seed']} | {one['step']} | {one['speed']:.2f} | {' | '.join(cells)} |"
+        yield f"| {one['row']} | {one['seed']} | {one['speed']:.2f} | {' | '.join(cells)} |"
 
 
 def _cell(figures: Mapping[str, float], task: str) -> str:

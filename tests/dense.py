@@ -17,8 +17,10 @@ from ie.base import Base
 from ie.base.suffix import Decoder
 from ie.base.targets import find_blocks
 from ie.base.update import Factors, Update
+from ie.editor import Editor, EditRequest
+from ie.editor.request import collate_requests, plain
 
-__all__ = ["dense_gradients", "dequantised", "edited", "random_update", "rebased", "state_hash"]
+__all__ = ["dense_gradients", "dense_joint", "dequantised", "edited", "random_update", "rebased", "state_hash"]
 
 
 def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:
@@ -51,6 +53,43 @@ def edited(base: Base, update: Mapping[str, Factors], index: int = 0) -> nn.Modu
         change = torch.einsum("ri,ro->oi", a[index], b[index])
         module.weight.data += change.T if isinstance(module, Conv1D) else change  # type: ignore[operator]
     return model
+
+
+def dense_joint(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisations: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """ΔWᵀ (d_in, d_out) float64 of the joint update, by module path, part of autograd's graph.
+
+    One request at a time, each pass on a dense copy of the model as edited so far, and by the normal equations
+    (UᵀU + λ' M⁻¹) X = UᵀD for keys U M.
+    """
+    change: dict[str, Tensor] = {}
+    at_first: list[Tensor] = []
+    for number in range(editor.settings.passes):
+        so_far = {name: (torch.eye(len(one))[None], one.detach().float()[None]) for name, one in change.items()}
+        under = rebased(base, edited(base, so_far))
+        inputs, values = ({target.name: list[Tensor]() for target in base.targets} for _ in range(2))
+        for index, request in enumerate(requests):
+            signals = under.signals(collate_requests(base, plain([request])))
+            told = base.read([request.instruction]) if editor.settings.reads_instructions else None
+            update = editor.update(signals, told)
+            stds = {name: editor.delta_normalisers[name.replace(".", "/")].std for name in update}
+            deltas = [signals.modules[name].delta / stds[name] for name in update]  # type: ignore[operator]
+            size = torch.cat([delta.flatten() for delta in deltas]).square().mean().sqrt()
+            if number == 0:
+                at_first.append(size)
+            left = min(1.0, float(size / at_first[index]))
+            for name, (a, b) in update.items():
+                for u, key, value in zip(signals.modules[name].u, a[0], b[0], strict=True):
+                    inputs[name].append(u.double())
+                    values[name].append(left * (u @ key) * value.double())
+        for name in update:
+            u, d = torch.stack(inputs[name]), torch.stack(values[name])
+            metric = editor.answering(name, torch.eye(u.shape[1])).double()
+            damping = regularisations[name] * (u @ metric * u).sum() / len(u)
+            step = torch.linalg.solve(u.T @ u + damping * torch.linalg.inv(metric), u.T @ d)
+            change[name] = change[name] + step if name in change else step
+    return change
 
 
 def dequantised(exact: Base, quantised: Base) -> Base:

@@ -1,8 +1,8 @@
 """Which precision to compute in on a CPU, found by measuring once.
 
 Some CPUs multiply bf16 matrices several times as fast as fp32 ones. Their kernels are built anew for each new shape,
-though, and the rest of a step is no faster: with small matrices nothing is gained (benchmarks/README.md), and fp32 it
-stays. Statistics, rates, updates and losses are fp32 in any case; beside a base in bf16 the hypernetwork's products are
+though, and the rest of a step is no faster: with small matrices little is gained (docs/experiments.md), and fp32, which is
+exact, stays. Statistics, rates, updates and losses are fp32 in any case; beside a base in bf16 the hypernetwork's products are
 bf16 too (`ie.editor.passes`).
 """
 
@@ -18,7 +18,7 @@ from ie.base.targets import find_targets
 
 __all__ = ["product_seconds", "with_faster_dtype"]
 
-_SMALL = 2**20  # weights of a matrix below which bf16 gains nothing
+_SMALL = 2**20  # weights of a matrix below which bf16 gains little
 _N_TOKENS, _N_SHAPES = 256, 7
 _CPU = torch.device("cpu")
 _WORTHWHILE = 0.7  # of fp32's time
@@ -36,7 +36,7 @@ def with_faster_dtype(plan: Plan, name: str) -> Plan:
     target = max(find_targets(meta_model(name)), key=lambda one: one.d_in * one.d_out)
     size = f"{target.d_in} x {target.d_out}"
     if target.d_in * target.d_out < _SMALL:
-        return replace(plan, reason=f"bf16 gains nothing with matrices of {size}")
+        return replace(plan, reason=f"bf16 gains little with matrices of {size}")
     fast, exact = (product_seconds(dtype, target.d_in, target.d_out) for dtype in (torch.bfloat16, torch.float32))
     share = fast / exact
     reason = f"a product with a matrix of {size} takes {share:.2f} of fp32's time in bf16 here"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factors", "Update", "adding", "on_top", "stacked"]
+__all__ = ["Factors", "Update", "adding", "bounded", "on_top", "stacked", "whole"]
 
 Factors = tuple[Tensor, Tensor]  # A (n, r, d_in), B (n, r, d_out)
 Update = Mapping[str, Factors]  # by module path
@@ -60,6 +60,21 @@ def stacked(update: Update, n_stacks: int) -> dict[str, Factors]:
         return factor.reshape(-1, n_stacks, *factor.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     return {name: (rows(a), rows(b)) for name, (a, b) in update.items()}
+
+
+def whole(change: Tensor) -> Factors:
+    """ΔWᵀ (n, d_in, d_out) of n edits as factors of rank min(d_in, d_out), one of them the identity."""
+    n, d_in, d_out = change.shape
+    eye = torch.eye(min(d_in, d_out), dtype=change.dtype, device=change.device).expand(n, -1, -1)
+    return (eye, change) if d_in <= d_out else (change.mT.contiguous(), eye)
+
+
+def bounded(update: Update) -> dict[str, Factors]:
+    """The same update in factors of no higher rank than its modules can have."""
+    out = {}
+    for name, (a, b) in update.items():
+        out[name] = whole(a.mT @ b) if a.shape[1] > min(a.shape[2], b.shape[2]) else (a, b)
+    return out
 
 
 def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:

@@ -74,9 +74,13 @@ class Whitener(Directions):
             moment, self.moment = self.moment, None
             self._fit(moment.div_(std).div_(std[:, None]))
 
+    def spread(self, keys: Tensor) -> Tensor:
+        """S⁻¹k but for a common factor, at the length that this gives; shapes as of `forward`."""
+        return keys - self.part(keys)
+
     def forward(self, keys: Tensor) -> Tensor:
         """(n_tokens, d_features) float32, divided by `std`, to the same."""
-        left = keys - self.part(keys)
+        left = self.spread(keys)
         own, answer = keys.square().sum(-1, keepdim=True), (keys * left).sum(-1, keepdim=True)
         return left * (own / answer.clamp(min=1e-30))
 

@@ -58,8 +58,7 @@ class EditSettings(BaseModel):
         many: write a folder of patches and report a list, also for one edit.
         together: one patch for all edits in place of a folder: `joint` by least squares over all of them, or
             `sequential`, a stack of edits each of which is computed on the model as edited so far.
-        regularisation: of `joint`: λ as a share of the mean square norm of the edits' activations; None takes the
-            editor's.
+        regularisation: of `joint`: λ as a share, see `ie.editor.least_squares`; None takes the editor's.
         editor: editor folder.
         model: the base model; None takes the one that the editor was trained for.
         out: patch file, or folder of patch files.

@@ -175,16 +175,28 @@ class Editor(nn.Module):
                 update[target.name] = a, _pack(-rate * delta, seen.edit, signals.n_edits)
         return update
 
+    def sizes(self, signals: Signals) -> Tensor:
+        """Root mean square of each edit's normalised deltas, (n_edits,) float32: how much its target is still amiss."""
+        total, count = (signals.modules[self.targets[0].name].delta.new_zeros(signals.n_edits) for _ in range(2))
+        for target in self.targets:
+            seen = signals.modules[target.name]
+            total.index_add_(0, seen.edit, self._scaled(target, seen.delta).square().sum(-1))
+            count.index_add_(0, seen.edit, torch.full_like(seen.delta[:, 0], target.d_out))
+        return (total / count.clamp(min=1)).sqrt().clamp(min=_LEAST_SIZE)
+
+    def answering(self, name: str, u: Tensor) -> Tensor:
+        """Keys (n_tokens, d_in) float32 that answer u, shaped alike, and other inputs of the edit target little."""
+        std: Tensor = self.u_normalisers[_key(name)].std  # type: ignore[assignment]
+        u = u / std
+        if self.whiteners:
+            u = self.whiteners[_key(name)].spread(u)  # type: ignore[operator]
+        return u / std
+
     def _normal(self, signals: Signals) -> dict[str, Tensor]:
         """Normalised [u, δ] (n_tokens, d_in + d_out) of each edit target."""
         deltas = {t.name: self._scaled(t, signals.modules[t.name].delta) for t in self.targets}
         if self.settings.passes > 1:
-            total, count = (next(iter(deltas.values())).new_zeros(signals.n_edits) for _ in range(2))
-            for name, delta in deltas.items():
-                edit = signals.modules[name].edit
-                total.index_add_(0, edit, delta.square().sum(-1))
-                count.index_add_(0, edit, torch.full_like(delta[:, 0], delta.shape[1]))
-            size = (total / count.clamp(min=1)).sqrt().clamp(min=_LEAST_SIZE)
+            size = self.sizes(signals)
             deltas = {name: delta / size[signals.modules[name].edit, None] for name, delta in deltas.items()}
         return {
             t.name: torch.cat((self.u_normalisers[_key(t.name)](signals.modules[t.name].u), deltas[t.name]), -1)

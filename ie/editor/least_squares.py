@@ -1,29 +1,33 @@
 """Many edits as one update, by least squares over all their tokens (MALMEN, arXiv 2311.04661, section 3).
 
-A sum of many edits' updates is spoilt by what each does to the others' tokens. Instead, with a key k_t for each token t
-of each edit, and the change d_t of the module's output there that the edit asks for, the joint update is
+A sum of many edits' updates is spoilt by what each does to the others' tokens. Instead, with the module's input u_t at
+each token t of each edit, and the change d_t of its output there that the edit asks for, the joint update is
 
-    ΔWᵀ = argmin_X Σ_t ‖k_t X - d_t‖² + λ‖X‖² = (KᵀK + λI)⁻¹ Kᵀ D      K (n, d_in), D (n, d_out)
-                                              = Kᵀ (KKᵀ + λI)⁻¹ D        the dual, for n < d_in
+    ΔWᵀ = argmin_X Σ_t ‖u_t X - d_t‖² + λ tr(Xᵀ S X) = (HᵀU + λI)⁻¹ Hᵀ D      U, H (n, d_in), D (n, d_out)
+                                                     = Hᵀ (UHᵀ + λI)⁻¹ D      the dual, for n < d_in
 
-The keys are the module's activations u as they are, and d_t = (u_t · ũ_t) b_t is what the token's own part ũ_t, b_t of
-its edit's update does there. We differ from MALMEN in λ, which is a share of the keys' mean square norm, so that one
-value serves every base and module; and in that few tokens are solved in the dual. Sums and solves are float64: KᵀK
-squares the keys' condition. Pseudo-activations as keys were tried: they disturb the rest of the model far more.
+with keys h_t = S⁻¹ u_t, and d_t = (u_t · ũ_t) b_t, which is what the token's own part ũ_t, b_t of its edit's update
+does there. S is the inputs' second moment as the editor knows it (`Editor.answering`): the update is small where other
+texts go (MEMIT, arXiv 2210.07229, eq. 14). MALMEN has S = I, and λ free of scale; here it is a share of the mean of
+u · h, so that one value serves every base and module. Sums and solves are float64: HᵀU squares the condition.
+Pseudo-activations as keys were tried: they disturb the rest of the model far more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ie.base.capture import ModuleSignals, Signals
-from ie.base.update import Factors, Update
+from ie.base.update import Factors, Update, whole
 from ie.errors import EditorError
 
-__all__ = ["Joint", "LeastSquares", "each_alone"]
+__all__ = ["Answering", "Joint", "LeastSquares", "Regularisations", "each_alone"]
+
+Answering = Callable[[str, Tensor], Tensor]  # see `Editor.answering`
+Regularisations = Mapping[str, Tensor | float]  # λ by module path
 
 
 class LeastSquares:
@@ -33,7 +37,7 @@ class LeastSquares:
     d_in (d_in + d_out), whatever the number of edits.
 
     Args:
-        regularisation: λ as a share of the keys' mean square norm; positive.
+        regularisation: λ as a share of the mean of u · h; positive.
     """
 
     def __init__(self, regularisation: Tensor | float) -> None:
@@ -42,18 +46,18 @@ class LeastSquares:
         self.regularisation = regularisation
         self.n_tokens = 0
         self._energy = 0.0
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._sums: tuple[Tensor, Tensor] | None = None  # KᵀK (d_in, d_in) and KᵀD (d_in, d_out)
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None  # HᵀU (d_in, d_in) and HᵀD (d_in, d_out)
 
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        """Take in keys (n_tokens, d_in) and wanted changes (n_tokens, d_out)."""
-        keys, values = keys.double(), values.double()
+    def add(self, inputs: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Take in inputs and keys (n_tokens, d_in) and wanted changes (n_tokens, d_out)."""
+        inputs, keys, values = inputs.double(), keys.double(), values.double()
         self.n_tokens += len(keys)
-        self._energy += float(keys.square().sum())
-        self._rows.append((keys, values))
+        self._energy += float((inputs * keys).sum())
+        self._rows.append((inputs, keys, values))
         if self.n_tokens >= keys.shape[1]:
-            for k, d in self._rows:
-                gram, cross = k.T @ k, k.T @ d
+            for u, h, d in self._rows:
+                gram, cross = h.T @ u, h.T @ d
                 self._sums = (gram, cross) if self._sums is None else (self._sums[0] + gram, self._sums[1] + cross)
             self._rows = []
 
@@ -65,20 +69,16 @@ class LeastSquares:
         """
         if not self.n_tokens:
             raise ValueError("no token was added")
-        damping = self.regularisation * self._energy / self.n_tokens or 1.0  # keys that are all zero change nothing
+        damping = self.regularisation * self._energy / self.n_tokens or 1.0  # inputs that are all zero change nothing
         if self._sums is None:
-            keys, values = (torch.cat(part) for part in zip(*self._rows, strict=True))
-            a, b = keys, _solve(keys @ keys.T, damping, values)
+            inputs, keys, values = (torch.cat(part) for part in zip(*self._rows, strict=True))
+            a, b = keys[None], _solve(inputs @ keys.T, damping, values)[None]
         else:
             gram, cross = self._sums
-            change = _solve(gram, damping, cross)
-            if change.shape[0] <= change.shape[1]:
-                a, b = torch.eye(len(change), dtype=change.dtype, device=change.device), change
-            else:
-                a, b = change.T, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
+            a, b = whole(_solve(gram, damping, cross)[None])
         if not (a.isfinite().all() and b.isfinite().all()):
             raise EditorError("the joint update is not finite", hint="take a larger regularisation")
-        return a.float().contiguous()[None], b.float().contiguous()[None]
+        return a.float(), b.float()
 
 
 class Joint:
@@ -86,10 +86,11 @@ class Joint:
 
     Args:
         regularisations: λ for each module path.
+        answering: makes a module's keys of its inputs.
     """
 
-    def __init__(self, regularisations: Mapping[str, Tensor | float]) -> None:
-        self._regularisations = regularisations
+    def __init__(self, regularisations: Regularisations, answering: Answering) -> None:
+        self._regularisations, self._answering = regularisations, answering
         self._modules: dict[str, LeastSquares] = {}
 
     def add(self, signals: Signals, update: Update) -> None:
@@ -97,30 +98,33 @@ class Joint:
         for name, factors in update.items():
             seen = signals.modules[name]
             module = self._modules.setdefault(name, LeastSquares(self._regularisations[name]))
-            module.add(seen.u, _wanted(seen, factors)[1])
+            module.add(seen.u, self._answering(name, seen.u), _wanted(seen, factors)[1])
 
     def solve(self) -> dict[str, Factors]:
         """The joint update by module path, a batch of one; see `LeastSquares.solve`."""
         return {name: module.solve() for name, module in self._modules.items()}
 
 
-def each_alone(signals: Signals, update: Update, regularisations: Mapping[str, Tensor | float]) -> dict[str, Factors]:
+def each_alone(
+    signals: Signals, update: Update, regularisations: Regularisations, answering: Answering
+) -> dict[str, Factors]:
     """The least squares of each edit's own tokens: n edits that stay n edits, in the dual form.
 
     Args:
         signals: of n edits.
         update: the n updates that an editor makes of them.
         regularisations: see `Joint`.
+        answering: see `Joint`.
     """
     out = {}
     for name, factors in update.items():
         seen = signals.modules[name]
         own, wanted = _wanted(seen, factors)
-        keys, values = (torch.zeros_like(factor, dtype=torch.float64) for factor in factors)
-        keys[own], values[own] = seen.u.double(), wanted.double()
-        energy = keys.square().sum((1, 2)) / own.sum(1).clamp(min=1)
+        inputs, keys, values = (torch.zeros_like(factors[i], dtype=torch.float64) for i in (0, 0, 1))
+        inputs[own], keys[own], values[own] = seen.u.double(), answering(name, seen.u).double(), wanted.double()
+        energy = (inputs * keys).sum((1, 2)) / own.sum(1).clamp(min=1)
         damping = (regularisations[name] * energy).masked_fill(energy == 0, 1.0)
-        out[name] = (keys.float(), _solve(keys @ keys.mT, damping[:, None, None], values).float())
+        out[name] = (keys.float(), _solve(inputs @ keys.mT, damping[:, None, None], values).float())
     return out
 
 
@@ -133,6 +137,7 @@ def _wanted(seen: ModuleSignals, factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def _solve(gram: Tensor, damping: Tensor | float, right: Tensor) -> Tensor:
-    """(gram + damping · I)⁻¹ right, for positive definite matrices (..., n, n)."""
+    """(gram + damping · I)⁻¹ right, for products (..., n, n) of positive definite matrices."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping * eye))
+    solved: Tensor = torch.linalg.solve(gram + damping * eye, right)
+    return solved

@@ -17,8 +17,7 @@ from ie.base.capture import Signals
 from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.editor.editor import JOINT, Editor, EditorSettings
-from ie.editor.least_squares import Joint, each_alone
-from ie.editor.passes import observe, propose
+from ie.editor.passes import observe, propose, propose_alone, propose_jointly
 from ie.editor.request import EditRequest, collate_requests, plain
 
 __all__ = [
@@ -59,8 +58,9 @@ def update_under(
     Returns:
         The n edits' own updates, without those so far.
     """
-    signals, update = propose(base, editor, requests, so_far)
-    return each_alone(signals, update, editor.regularisations()) if editor.settings.method == JOINT else update
+    if editor.settings.method == JOINT:
+        return propose_alone(base, editor, requests, editor.regularisations(), so_far)
+    return propose(base, editor, requests, so_far)[1]
 
 
 def joint_update(
@@ -72,20 +72,19 @@ def joint_update(
         base: the base model.
         editor: what makes each edit's own update.
         requests: the edits, at least one.
-        regularisation: λ as a share of the keys' mean square norm; None takes the editor's.
-        batch_size: requests in one pass.
+        regularisation: λ, see `ie.editor.least_squares`; None takes the editor's.
+        batch_size: requests that are captured together.
 
     Returns:
-        By module path A (1, r, d_in) and B (1, r, d_out), float32, with r of min(n_tokens, d_in, d_out).
+        See `propose_jointly`.
 
     Raises:
         EditorError: if it is not finite.
     """
-    joint = Joint(editor.regularisations() if regularisation is None else dict.fromkeys(_names(base), regularisation))
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    given = editor.regularisations() if regularisation is None else dict.fromkeys(_names(base), regularisation)
     with torch.no_grad():
-        for start in range(0, len(requests), batch_size):
-            joint.add(*propose(base, editor, requests[start : start + batch_size]))
-    return joint.solve()
+        return propose_jointly(base, editor, batches, given)
 
 
 def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Editor:
@@ -116,14 +115,13 @@ def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regu
         base: see `fitted_editor`.
         fitted_on: see `fitted_editor`.
         rate: see `fitted_editor`.
-        regularisation: λ as a share of the keys' mean square norm.
+        regularisation: λ, see `ie.editor.least_squares`.
     """
     editor = fitted_editor(base, fitted_on, rate)
 
     @torch.no_grad()
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
-        signals, update = propose(base, editor, requests)
-        return each_alone(signals, update, dict.fromkeys(_names(base), regularisation))
+        return propose_alone(base, editor, requests, dict.fromkeys(_names(base), regularisation))
 
     return edit
 

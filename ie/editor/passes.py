@@ -6,6 +6,10 @@ The request is read as a user will ask it, plain: activations behind an instruct
 instruction steers what is made of them. Keys stay those of the first pass, so that the update's rank is one for each
 token however many passes there are. MEND and InstructEdit take one pass; a single gradient need not point to where the
 target is likely, and a network must then make up what a second look would show (docs/experiments.md).
+
+Of many edits that become one update by least squares (`ie.editor.least_squares`) the passes are joint ones: each takes
+all edits' signals under the joint update so far. There an edit asks for less as its target becomes likely, so that
+those which took early do not go on pulling at the others.
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ from torch import Tensor
 from ie.base.capture import Signals
 from ie.base.instructions import Readings
 from ie.base.model import Base
-from ie.base.update import Factors, Update, on_top
+from ie.base.update import Factors, Update, bounded, on_top
 from ie.data.tokens import TokenBatch
 from ie.editor.editor import Editor
+from ie.editor.least_squares import Joint, Regularisations, each_alone
 from ie.editor.request import EditRequest, collate_requests, plain
 
-__all__ = ["observe", "propose"]
+__all__ = ["observe", "propose", "propose_alone", "propose_jointly"]
 
 
 def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
@@ -51,11 +56,81 @@ def propose(
     update = _update(base, editor, signals, told)
     keys = {name: a for name, (a, _) in update.items()}
     for _ in range(editor.settings.passes - 1):
-        made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
-        again = base.signals(batch, on_top(so_far, made) if so_far else made, like=signals)
+        again = base.signals(batch, _added(so_far, update), like=signals)
         step = _update(base, editor, again, told, keys)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
+
+
+def propose_jointly(
+    base: Base, editor: Editor, batches: Sequence[Sequence[EditRequest]], regularisations: Regularisations
+) -> dict[str, Factors]:
+    """One update for all edits, part of the editor's graph.
+
+    Args:
+        base: the base model.
+        editor: what makes each edit's own part.
+        batches: the edits, as many at a time as are captured together; at least one.
+        regularisations: see `Joint`.
+
+    Returns:
+        By module path A (1, r, d_in) and B (1, r, d_out), float32, with r of at most min(d_in, d_out).
+
+    Raises:
+        EditorError: if it is not finite.
+    """
+    update: dict[str, Factors] = {}
+    at_first: list[Tensor] = []
+    for number in range(editor.settings.passes):
+        joint = Joint(regularisations, editor.answering)
+        for index, requests in enumerate(batches):
+            batch, told = _asked(base, editor, requests)
+            signals = base.signals(batch, _added(None, update))
+            if number == 0:
+                at_first.append(editor.sizes(signals))
+            joint.add(signals, _eased(editor, signals, _update(base, editor, signals, told), at_first[index]))
+        update = bounded(on_top(update, joint.solve())) if update else joint.solve()
+    return update
+
+
+def propose_alone(
+    base: Base,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    regularisations: Regularisations,
+    so_far: Update | None = None,
+) -> dict[str, Factors]:
+    """What `propose_jointly` makes of each of a batch of edits by itself: n edits that stay n edits.
+
+    Args:
+        base: see `propose`.
+        editor: see `propose`.
+        requests: see `propose`.
+        regularisations: see `Joint`.
+        so_far: see `propose`.
+    """
+    batch, told = _asked(base, editor, requests)
+    update: dict[str, Factors] = {}
+    at_first: Tensor | None = None
+    for _ in range(editor.settings.passes):
+        signals = base.signals(batch, _added(so_far, update))
+        at_first = editor.sizes(signals) if at_first is None else at_first
+        step = _eased(editor, signals, _update(base, editor, signals, told), at_first)
+        step = each_alone(signals, step, regularisations, editor.answering)
+        update = bounded(on_top(update, step)) if update else step
+    return update
+
+
+def _added(so_far: Update | None, update: Update) -> Update | None:
+    """What the model is under while the next gradient is taken: a constant to the editor's graph."""
+    made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
+    return on_top(so_far, made) if so_far and made else made or so_far
+
+
+def _eased(editor: Editor, signals: Signals, update: Update, at_first: Tensor) -> dict[str, Factors]:
+    """Updates as large as what is left of each edit's gradient, `at_first` being its size in the first pass."""
+    left = (editor.sizes(signals) / at_first).clamp(max=1)
+    return {name: (a, b * left[:, None, None]) for name, (a, b) in update.items()}
 
 
 def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple[TokenBatch, Readings | None]:

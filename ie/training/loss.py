@@ -30,8 +30,7 @@ from ie.base.model import Base
 from ie.base.update import stacked
 from ie.data.tokens import Text
 from ie.editor.editor import JOINT, Editor
-from ie.editor.least_squares import Joint
-from ie.editor.passes import propose
+from ie.editor.passes import propose, propose_jointly
 from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "backward"]
@@ -54,16 +53,17 @@ def backward(
 
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
-    signals, update = propose(base, editor, episodes.requests)
     asks = [*episodes.wanted, *episodes.kept]
+    ranks: list[int] | None = None  # of each edit's update; None where questions are asked under sums
     if editor.settings.method == JOINT:
-        joint = Joint(editor.regularisations())
-        joint.add(signals, update)
-        update, asks = joint.solve(), [replace(ask, edit=0) for ask in asks]
-    elif episodes.n_stacks:
-        update = stacked(update, episodes.n_stacks)
-        asks = [replace(ask, edit=ask.edit % episodes.n_stacks) for ask in asks]
-    are_sums = editor.settings.method == JOINT or episodes.n_stacks > 0
+        update = propose_jointly(base, editor, [episodes.requests], editor.regularisations())
+        asks = [replace(ask, edit=0) for ask in asks]
+    else:
+        signals, update = propose(base, editor, episodes.requests)
+        ranks = signals.n_tokens()
+        if episodes.n_stacks:
+            update, ranks = stacked(update, episodes.n_stacks), None
+            asks = [replace(ask, edit=ask.edit % episodes.n_stacks) for ask in asks]
     leaves = {name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in update.items()}
     edit = locality = torch.zeros((), device=base.device)
     whole = whole or episodes
@@ -72,8 +72,7 @@ def backward(
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many. The
     # factors of a sum are too large to be copied for every question under it: one sum at a time.
-    ranks = signals.n_tokens()
-    groups = [ask.edit if are_sums else (ranks[ask.edit] - 1).bit_length() for ask in asks]
+    groups = [(ranks[ask.edit] - 1).bit_length() if ranks else ask.edit for ask in asks]
     for indices, texts in by_length(base, asks, n_tokens, groups):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
         order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_own)
@@ -82,11 +81,11 @@ def backward(
         n_texts = sum(index < n_own for index in indices)
         n_answer = int((batch.rows < n_texts).sum())
 
-        if are_sums:
-            under, rows = {name: (a[edits[:1]], b[edits[:1]]) for name, (a, b) in leaves.items()}, None
-        else:
+        if ranks:
             rank = max(ranks[asks[i].edit] for i in indices)
             under, rows = {name: (a[:, :rank], b[:, :rank]) for name, (a, b) in leaves.items()}, edits
+        else:
+            under, rows = {name: (a[edits[:1]], b[edits[:1]]) for name, (a, b) in leaves.items()}, None
         logits = base.logits(batch, under, rows)
         surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
         kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])

@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
         plain_share: share of the outer loss's edit and rephrase queries that carry no instruction.
         stacked_share: share of the steps whose queries are asked under the sum of four edits.
         validate_every: steps between validations.
-        n_validation: records that validation looks at.
+        n_validation: records that validation looks at; 0 for none: the editor of the last step is kept.
         patience: validations without a better one after which training ends; None for no early stop.
         n_fit: edits that the normaliser is fitted on.
         checkpoint_every: steps between checkpoints; None for by time alone.
@@ -86,7 +86,7 @@ class TrainSettings(BaseModel):
     plain_share: NonNegativeFloat = 0.9
     stacked_share: NonNegativeFloat = 0.2
     validate_every: PositiveInt = 100
-    n_validation: PositiveInt = 96
+    n_validation: NonNegativeInt = 96
     patience: PositiveInt | None = 6
     n_fit: PositiveInt = 256
     checkpoint_every: PositiveInt | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ie.base import Base
-from ie.base.update import Update, adding, stacked
+from ie.base.update import Update, adding, bounded, stacked
 from ie.patch.lowrank import select, stack
 from tests.dense import edited, random_update, state_hash
 from tests.models import ARCHITECTURES
@@ -63,6 +63,15 @@ def test_stacked_edits_are_their_sum(n_stacks: int) -> None:
     for first in range(n_stacks):
         expected = sum((b[i].T @ a[i] for i in range(first, 5, n_stacks)), start=torch.zeros(4, 7))
         torch.testing.assert_close(sum_b[first].T @ sum_a[first], expected)
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(7, 4, 4), (4, 7, 4), (7, 4, 9), (4, 7, 9)])
+def test_no_factor_has_a_higher_rank_than_its_module(d_in: int, d_out: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, rank, d_in, generator=generator), torch.randn(3, rank, d_out, generator=generator)
+    new_a, new_b = bounded({"m": (a, b)})["m"]
+    assert new_a.shape == (3, 4, d_in) and new_b.shape == (3, 4, d_out)
+    torch.testing.assert_close(new_b.mT @ new_a, b.mT @ a, atol=1e-5, rtol=1e-5)  # float32
 
 
 def empty(base: Base) -> Update:

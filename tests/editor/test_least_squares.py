@@ -11,9 +11,11 @@ from torch import Tensor
 from ie.base import Base
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
+from ie.editor.editor import Method
 from ie.editor.least_squares import LeastSquares
-from ie.editor.methods import fitted_editor, joint_update, ultra_method
-from ie.editor.passes import propose
+from ie.editor.methods import editor_method, fitted_editor, joint_update, ultra_method
+from ie.editor.passes import observe
+from tests.dense import dense_joint
 
 REQUESTS = (
     EditRequest("The lighthouse of Orm was built by", "Edda Falk"),
@@ -27,10 +29,16 @@ def draw(n_tokens: int, d_in: int = 12, d_out: int = 7) -> tuple[Tensor, Tensor]
     return torch.randn(n_tokens, d_in, generator=generator), torch.randn(n_tokens, d_out, generator=generator)
 
 
-def solved(keys: Tensor, values: Tensor, regularisation: float, *sizes: int) -> Factors:
+def metric(d_in: int = 12) -> Tensor:
+    """(d_in, d_in) symmetric, positive definite: what makes keys of inputs."""
+    root = torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)) / d_in**0.5
+    return root @ root.T + 0.3 * torch.eye(d_in)
+
+
+def solved(inputs: Tensor, values: Tensor, regularisation: float, *sizes: int) -> Factors:
     problem = LeastSquares(regularisation)
-    for k, d in zip(keys.split(sizes or len(keys)), values.split(sizes or len(values)), strict=True):  # type: ignore[arg-type]
-        problem.add(k, d)
+    for u, d in zip(inputs.split(sizes or len(inputs)), values.split(sizes or len(values)), strict=True):  # type: ignore[arg-type]
+        problem.add(u, u @ metric(u.shape[1]), d)
     return problem.solve()
 
 
@@ -39,12 +47,12 @@ def dense(factors: Factors) -> Tensor:
     return factors[1][0].T @ factors[0][0]
 
 
-def reference(keys: Tensor, values: Tensor, regularisation: float) -> Tensor:
+def reference(inputs: Tensor, values: Tensor, regularisation: float) -> Tensor:
     """ΔW (d_out, d_in) as an ordinary least squares whose last rows are the regularisation's."""
-    keys, values = keys.double(), values.double()
-    root = (regularisation * keys.square().sum() / len(keys)).sqrt()
-    rows = torch.cat((keys, root * torch.eye(keys.shape[1])))
-    wanted = torch.cat((values, torch.zeros(keys.shape[1], values.shape[1])))
+    inputs, values, of_keys = inputs.double(), values.double(), metric(inputs.shape[1]).double()
+    damping = regularisation * (inputs @ of_keys * inputs).sum() / len(inputs)
+    rows = torch.cat((inputs, damping.sqrt() * torch.linalg.cholesky(torch.linalg.inv(of_keys)).T))
+    wanted = torch.cat((values, torch.zeros(inputs.shape[1], values.shape[1])))
     return torch.linalg.lstsq(rows, wanted).solution.T.float()
 
 
@@ -78,9 +86,12 @@ def test_chunks_make_no_difference(n_tokens: int) -> None:
 def test_held_memory_does_not_grow_with_tokens() -> None:
     problem = LeastSquares(0.1)
     for _ in range(50):
-        problem.add(*draw(9))
-        held = sum(k.numel() + d.numel() for k, d in problem._rows) + sum(one.numel() for one in problem._sums or ())
-        assert held <= 12 * (12 + 7)
+        inputs, values = draw(9)
+        problem.add(inputs, inputs, values)
+        held = sum(part.numel() for row in problem._rows for part in row) + sum(
+            one.numel() for one in problem._sums or ()
+        )
+        assert held <= 12 * (2 * 12 + 7)
     assert problem.n_tokens == 450
 
 
@@ -96,40 +107,51 @@ def test_a_regularisation_must_be_positive(value: float) -> None:
         LeastSquares(value)
 
 
+def moved(base: Base, method: Method = "instructedit-joint") -> Editor:
+    """A fitted editor with no parameter at its start."""
+    torch.manual_seed(0)
+    editor = Editor(base.targets, EditorSettings(method=method, rank=4, rate=0.2, passes=3, n_whitened=2))
+    observe(base, editor, REQUESTS)
+    editor.fit()
+    with torch.no_grad():
+        for parameter in editor.networks.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return editor
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_joint_updates_are_the_dense_least_squares_of_the_editors_own(load: Callable[..., Base], name: str) -> None:
-    """Token by token from the editor's own definition; whatever the batches."""
+    """Pass by pass, token by token from the editor's own definition; whatever the batches."""
     base = load(name)
-    torch.manual_seed(0)
-    editor = Editor(base.targets, EditorSettings(rank=4, rate=0.1))
-    with torch.no_grad():
-        for parameter in editor.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    editor = moved(base)
+    shares = {target.name: 0.1 for target in base.targets}
     found = joint_update(base, editor, REQUESTS, 0.1)
     batched = joint_update(base, editor, REQUESTS, 0.1, batch_size=1)
-    for module in base.targets:
-        keys, values = [], []
-        for request in REQUESTS:
-            with torch.no_grad():
-                signals, update = propose(base, editor, [request])
-            a, b = update[module.name]
-            u = signals.modules[module.name].u
-            keys.append(u)
-            values.append(torch.stack([(u[t] @ a[0, t]) * b[0, t] for t in range(len(u))]))
-        expected = reference(torch.cat(keys), torch.cat(values), 0.1)
+    with torch.no_grad():
+        changes = dense_joint(base, editor, REQUESTS, shares)
+    for module, change in changes.items():
+        expected = change.T.float()
         assert expected.norm() > 1e-3
-        for update in (found, batched):  # signals of a batch differ from single ones by fp32 sums
-            torch.testing.assert_close(dense(update[module.name]), expected, atol=1e-4, rtol=1e-3)
+        for update in (found, batched):
+            # Signals of batches and of dense copies differ by float32 sums, pass after pass.
+            size = expected.abs().max().item()
+            torch.testing.assert_close(dense(update[module]), expected, atol=1e-3 * size, rtol=1e-2)
 
 
-def test_ultra_edits_stay_apart(load: Callable[..., Base]) -> None:
+@pytest.mark.parametrize("method", ["ultra", "instructedit-joint"])
+def test_edits_of_a_batch_stay_apart(load: Callable[..., Base], method: str) -> None:
     """Each edit of a batch is the joint update of it alone."""
     base = load("gpt2")
-    update = ultra_method(base, REQUESTS, rate=0.1, regularisation=0.1)(base, REQUESTS)
-    editor = fitted_editor(base, REQUESTS, 0.1)
+    if method == "ultra":
+        update = ultra_method(base, REQUESTS, rate=0.1, regularisation=0.1)(base, REQUESTS)
+        editor = fitted_editor(base, REQUESTS, 0.1)
+    else:
+        editor = moved(base)
+        update = editor_method(editor)(base, REQUESTS)
     for edit, request in enumerate(REQUESTS):
         alone = joint_update(base, editor, [request], 0.1)
         for module, (a, b) in update.items():
             expected = dense(alone[module])
             assert expected.norm() > 1e-3
-            torch.testing.assert_close(b[edit].T @ a[edit], expected, atol=1e-4, rtol=1e-3)
+            size = expected.abs().max().item()
+            torch.testing.assert_close(b[edit].T @ a[edit], expected, atol=1e-3 * size, rtol=1e-2)

@@ -155,6 +155,12 @@ def test_minutes_end_a_run(run: Train) -> None:
     assert 0 < result["steps"] < 2000
 
 
+def test_without_validation_the_last_editor_is_kept(run: Train) -> None:
+    result, events = run(steps=3, n_validation=0, learning_rate=1e-12, rate_learning_rate=1e-12)
+    assert result["best_step"] == 3 and result["validation"] == {}
+    assert not any(event.kind == "validation" for event in events)
+
+
 def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Callable[..., Base], dataset: Path) -> None:
     options = {"steps": 10, "validate_every": 2, "patience": None, "rate": 0.003, "n_validation": 8}
     result, events = run(rate_learning_rate=0.5, learning_rate=1e-2, **options)
@@ -248,17 +254,10 @@ def test_nothing_to_train_on_is_an_input_error(run: Train, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def without_validation(dataset: Path, folder: Path) -> Path:
-    """A copy of a dataset with nothing to choose the best editor on: the last one is written."""
-    copied = shutil.copytree(dataset, folder / "data")
-    (copied / "validation.jsonl").write_text("")
-    return copied
-
-
 def test_a_joint_editor_learns_its_regularisation(
     run: Train, tmp_path: Path, load: Callable[..., Base], dataset: Path
 ) -> None:
-    run(steps=3, method="instructedit-joint", data=without_validation(dataset, tmp_path), rate_learning_rate=0.3)
+    run(steps=3, method="instructedit-joint", n_validation=0, rate_learning_rate=0.3)
     editor, info = load_editor(tmp_path / "editor", load("llama"))
     learned = editor.regularisations()
     assert info.method == "instructedit-joint" and set(learned) == {target.name for target in editor.targets}
