@@ -1,8 +1,8 @@
 """What each choice is worth: `python -m benchmarks.study BASE DATA [--only NAME,...]`.
 
 Each row changes one setting of those that `benchmarks.quality` trains with, for equally many steps and two seeds; zsre
-is held out. Test records under instructions in held-out wordings, plain questions, forced. What was trained and measured
-is kept in --out and not done again; as many rows at a time as there are cores.
+is held out. Test records under instructions in held-out wordings, plain questions, forced. What was trained and
+measured is kept in --out and not done again; as many rows at a time as there are cores.
 """
 
 from __future__ import annotations

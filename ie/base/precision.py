@@ -1,9 +1,9 @@
 """Which precision to compute in on a CPU, found by measuring once.
 
 Some CPUs multiply bf16 matrices several times as fast as fp32 ones. Their kernels are built anew for each new shape,
-though, and the rest of a step is no faster: with small matrices little is gained (docs/experiments.md), and fp32, which is
-exact, stays. Statistics, rates, updates and losses are fp32 in any case; beside a base in bf16 the hypernetwork's products are
-bf16 too (`ie.editor.passes`).
+though, and the rest of a step is no faster: with small matrices little is gained (docs/experiments.md), and fp32, which
+is exact, stays. Statistics, rates, updates and losses are fp32 in any case; beside a base in bf16 the hypernetwork's
+products are bf16 too (`ie.editor.passes`).
 """
 
 from __future__ import annotations
