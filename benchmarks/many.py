@@ -60,7 +60,7 @@ def requests_of(records: Sequence[Record]) -> list[EditRequest]:
 def make(method: str, base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float) -> Update:
     """One update for all edits."""
     if method != "stack":
-        return joint_update(base, editor, requests, regularisation, _BATCH)
+        return joint_update(base, editor, requests, regularisation)
     single = editor_method(editor)
     patches: list[Update] = []
     for start in range(0, len(requests), _BATCH):

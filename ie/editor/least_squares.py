@@ -9,7 +9,8 @@ each token t of each edit, and the change d_t of its output there that the edit 
 with keys h_t = S⁻¹ u_t, and d_t = (u_t · ũ_t) b_t, which is what the token's own part ũ_t, b_t of its edit's update
 does there. S is the inputs' second moment as the editor knows it (`Editor.answering`): the update is small where other
 texts go (MEMIT, arXiv 2210.07229, eq. 14). MALMEN has S = I, and λ free of scale; here it is a share of the mean of
-u · h, so that one value serves every base and module. Sums and solves are float64: HᵀU squares the condition.
+u · h, so that one value serves every base and module. Sums over chunks and solves are float64, for HᵀU squares the
+condition; a chunk's own products are float32: its signals are no more precise, and float64 is slow.
 Pseudo-activations as keys were tried: they disturb the rest of the model far more.
 """
 
@@ -50,14 +51,13 @@ class LeastSquares:
         self._sums: tuple[Tensor, Tensor] | None = None  # HᵀU (d_in, d_in) and HᵀD (d_in, d_out)
 
     def add(self, inputs: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take in inputs and keys (n_tokens, d_in) and wanted changes (n_tokens, d_out)."""
-        inputs, keys, values = inputs.double(), keys.double(), values.double()
+        """Take in inputs and keys (n_tokens, d_in) and wanted changes (n_tokens, d_out), float32."""
         self.n_tokens += len(keys)
-        self._energy += float((inputs * keys).sum())
+        self._energy += float((inputs * keys).sum(dtype=torch.float64))
         self._rows.append((inputs, keys, values))
         if self.n_tokens >= keys.shape[1]:
             for u, h, d in self._rows:
-                gram, cross = h.T @ u, h.T @ d
+                gram, cross = (h.T @ u).double(), (h.T @ d).double()
                 self._sums = (gram, cross) if self._sums is None else (self._sums[0] + gram, self._sums[1] + cross)
             self._rows = []
 
@@ -71,7 +71,7 @@ class LeastSquares:
             raise ValueError("no token was added")
         damping = self.regularisation * self._energy / self.n_tokens or 1.0  # inputs that are all zero change nothing
         if self._sums is None:
-            inputs, keys, values = (torch.cat(part) for part in zip(*self._rows, strict=True))
+            inputs, keys, values = (torch.cat(part).double() for part in zip(*self._rows, strict=True))
             a, b = keys[None], _solve(inputs @ keys.T, damping, values)[None]
         else:
             gram, cross = self._sums

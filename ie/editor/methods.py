@@ -64,7 +64,7 @@ def update_under(
 
 
 def joint_update(
-    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float | None, batch_size: int = 32
+    base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float | None, batch_size: int = 64
 ) -> dict[str, Factors]:
     """One update for all edits, by least squares over all their tokens; see `ie.editor.least_squares`.
 

@@ -31,7 +31,7 @@ _N_QUERIES = 8  # of a record in a validation
 _STEP_TOKENS, _ASK_TOKENS = 512, 4096  # asked at once on a CPU, in a step and in a validation
 _GPU_STEP_TOKENS = 8192
 _QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.5}
-_LIBRARIES_BYTES = 350 * 10**6  # Python, torch and transformers imported, on a CPU
+_LIBRARIES_BYTES = (660 if torch.version.cuda else 350) * 10**6  # Python, torch and transformers, imported
 _EDITOR_COPIES, _OPTIMISER_COPIES = 3, 2  # weights, gradients, the best so far; Adam's two moments
 _FREED_SHARE = 0.15  # of activations: what the allocator has of blocks that are free and too small
 

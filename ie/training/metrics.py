@@ -7,7 +7,9 @@ wrote after its last checkpoint: no step stands twice.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,14 @@ class Metrics:
             self._failed = True
         if self._tracker is not None:
             names = {name if kind == "step" else f"validation/{name}": value for name, value in figures.items()}
-            self._tracker.log(names, step=step)
+            with redirect_stdout(sys.stderr):
+                self._tracker.log(names, step=step)
 
     def close(self) -> None:
         """Let the tracker finish."""
         if self._tracker is not None:
-            self._tracker.end_training()
+            with redirect_stdout(sys.stderr):
+                self._tracker.end_training()
 
 
 def check_tracker(name: str | None) -> None:
@@ -85,7 +89,8 @@ def _start_tracker(folder: Path, settings: TrainSettings) -> Any:
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in settings.model_dump(mode="json").items()
     }
-    accelerator.init_trackers(f"{settings.out.name}.{settings.report_to}", config=values)
+    with redirect_stdout(sys.stderr):  # some speak there, and our standard output is the result's alone
+        accelerator.init_trackers(f"{settings.out.name}.{settings.report_to}", config=values)
     return accelerator
 
 

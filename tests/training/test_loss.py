@@ -33,9 +33,8 @@ def episodes(n: int) -> Episodes:
 def moved(base: Base, signals: Signals, method: Method, passes: int = 1) -> Editor:
     """An editor with no parameter at its start."""
     torch.manual_seed(0)
-    editor = Editor(
-        base.targets, EditorSettings(method=method, rank=8, rate=0.1 if passes == 1 else 0.02, passes=passes)
-    )
+    rate = 0.1 if passes == 1 else 0.005  # further, and a second pass would see little but rounding
+    editor = Editor(base.targets, EditorSettings(method=method, rank=8, rate=rate, passes=passes))
     editor.observe(signals, base.read(["Move the town.", "Change who somebody works for.", "Correct the date."]))
     editor.fit()
     with torch.no_grad():
@@ -56,10 +55,8 @@ def dense_sums(base: Base, editor: Editor, requests: Sequence[EditRequest], n_st
     return out
 
 
-def assert_agrees(
-    base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update], tolerance: float = 1e-3
-) -> None:
-    """Loss and gradient are those of autograd through each edit's dense update; `tolerance` of the largest entry."""
+def assert_agrees(base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update]) -> None:
+    """Loss and gradient are those of autograd through each edit's dense update."""
     found = backward(base, editor, made, WEIGHT)
     gradients = [parameter.grad for parameter in editor.parameters()]
     editor.zero_grad()
@@ -85,21 +82,21 @@ def assert_agrees(
         assert gradient is not None and parameter.grad is not None, where
         assert parameter.grad.abs().max() > 0, where
         largest = parameter.grad.abs().max().item()
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=tolerance * largest)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=1e-3 * largest)
 
 
-# Few tokens are solved in the dual form, many in the primal one. A second pass carries the first one's rounding on.
-@pytest.mark.parametrize(("passes", "tolerance"), [(1, 1e-3), (2, 3e-3)])
+# Few tokens are solved in the dual form, many in the primal one.
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("n_edits", [2, 12])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
-    load: Callable[..., Base], name: str, n_edits: int, passes: int, tolerance: float
+    load: Callable[..., Base], name: str, n_edits: int, passes: int
 ) -> None:
     base, made = load(name), episodes(n_edits)
     editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), JOINT, passes)
     changes = dense_joint(base, editor, made.requests, editor.regularisations())
     update = {name: (torch.eye(len(change))[None], change.float()[None]) for name, change in changes.items()}
-    assert_agrees(base, editor, made, lambda edit: update, tolerance)
+    assert_agrees(base, editor, made, lambda edit: update)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_tensorboard_gets_the_figures(settings: TrainSettings) -> None:
     written = [one["edit_loss"] for one in lines(settings.out / METRICS) if one["kind"] == "step"]
     assert losses == pytest.approx(written)
     assert [event.step for event in events.Scalars("validation/locality")] == [0, 2, 3]
+
+
+def test_trackio_gets_the_figures_and_standard_output_nothing(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(settings.out.parent / "trackio"))
+    train(settings.model_copy(update={"report_to": "trackio"}))
+    assert capfd.readouterr().out == ""
+    (found,) = settings.out.parent.glob("trackio/*.db")
+    with sqlite3.connect(found) as database:
+        logged = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by id")]
+    losses = [one["edit_loss"] for one in logged if "edit_loss" in one]
+    assert losses == pytest.approx([one["edit_loss"] for one in lines(settings.out / METRICS) if one["kind"] == "step"])
+    assert sum("validation/locality" in one for one in logged) == 3
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
