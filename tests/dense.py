@@ -61,7 +61,7 @@ def dense_joint(
     """ΔWᵀ (d_in, d_out) float64 of the joint update, by module path, part of autograd's graph.
 
     One request at a time, each pass on a dense copy of the model as edited so far, and by the normal equations
-    (UᵀU + λ' M⁻¹) X = UᵀD for keys U M.
+    (UᵀU + λ' (WWᵀ)⁻¹) X = UᵀD for whitened inputs UW, X at its full length.
     """
     change: dict[str, Tensor] = {}
     at_first: list[Tensor] = []
@@ -85,9 +85,12 @@ def dense_joint(
                     values[name].append(left * (u @ key) * value.double())
         for name in update:
             u, d = torch.stack(inputs[name]), torch.stack(values[name])
-            metric = editor.answering(name, torch.eye(u.shape[1])).double()
-            damping = regularisations[name] * (u @ metric * u).sum() / len(u)
-            step = torch.linalg.solve(u.T @ u + damping * torch.linalg.inv(metric), u.T @ d)
+            white = editor.whitened(name, torch.eye(u.shape[1])).double()
+            damping = regularisations[name] * (u @ white).square().sum() / len(u)
+            step = torch.linalg.solve(u.T @ u + damping * torch.linalg.inv(white @ white.T), u.T @ d)
+            step = (
+                step * (d.norm() / (u @ step).norm()).detach() / (1 + torch.as_tensor(regularisations[name]).detach())
+            )
             change[name] = change[name] + step if name in change else step
     return change
 

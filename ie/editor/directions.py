@@ -74,13 +74,17 @@ class Whitener(Directions):
             moment, self.moment = self.moment, None
             self._fit(moment.div_(std).div_(std[:, None]))
 
-    def spread(self, keys: Tensor) -> Tensor:
-        """S⁻¹k but for a common factor, at the length that this gives; shapes as of `forward`."""
-        return keys - self.part(keys)
+    def root(self, values: Tensor) -> Tensor:
+        """S⁻¹ᐟ² of values (n, d_features), float32, but for a common factor: applied twice it is S⁻¹."""
+        weights = self.directions.square().sum(
+            -1, keepdim=True
+        )  # none is 1: what is left keeps a share of any direction
+        shares = (1 - (1 - weights).sqrt()) / weights.clamp(min=1e-30)
+        return values - values @ self.directions.T @ (shares * self.directions)
 
     def forward(self, keys: Tensor) -> Tensor:
         """(n_tokens, d_features) float32, divided by `std`, to the same."""
-        left = self.spread(keys)
+        left = keys - self.part(keys)
         own, answer = keys.square().sum(-1, keepdim=True), (keys * left).sum(-1, keepdim=True)
         return left * (own / answer.clamp(min=1e-30))
 

@@ -184,13 +184,16 @@ class Editor(nn.Module):
             count.index_add_(0, seen.edit, torch.full_like(seen.delta[:, 0], target.d_out))
         return (total / count.clamp(min=1)).sqrt().clamp(min=_LEAST_SIZE)
 
-    def answering(self, name: str, u: Tensor) -> Tensor:
-        """Keys (n_tokens, d_in) float32 that answer u, shaped alike, and other inputs of the edit target little."""
-        std: Tensor = self.u_normalisers[_key(name)].std  # type: ignore[assignment]
-        u = u / std
-        if self.whiteners:
-            u = self.whiteners[_key(name)].spread(u)  # type: ignore[operator]
-        return u / std
+    def whitened(self, name: str, u: Tensor) -> Tensor:
+        """Inputs of an edit target as uW, (n, d_in) float32, W Wᵀ being the inverse of their second moment."""
+        return self._root(name, u / self.u_normalisers[_key(name)].std)  # type: ignore[operator]
+
+    def unwhitened(self, name: str, a: Tensor) -> Tensor:
+        """Keys for inputs (n, d_in) float32 from keys for whitened inputs: aWᵀ."""
+        return self._root(name, a) / self.u_normalisers[_key(name)].std  # type: ignore[operator]
+
+    def _root(self, name: str, values: Tensor) -> Tensor:
+        return self.whiteners[_key(name)].root(values) if self.whiteners else values  # type: ignore[operator]
 
     def _normal(self, signals: Signals) -> dict[str, Tensor]:
         """Normalised [u, δ] (n_tokens, d_in + d_out) of each edit target."""

@@ -82,7 +82,7 @@ def propose_jointly(
     update: dict[str, Factors] = {}
     at_first: list[Tensor] = []
     for number in range(editor.settings.passes):
-        joint = Joint(regularisations, editor.answering)
+        joint = Joint(editor, regularisations)
         for index, requests in enumerate(batches):
             batch, told = _asked(base, editor, requests)
             signals = base.signals(batch, _added(None, update))
@@ -116,7 +116,7 @@ def propose_alone(
         signals = base.signals(batch, _added(so_far, update))
         at_first = editor.sizes(signals) if at_first is None else at_first
         step = _eased(editor, signals, _update(base, editor, signals, told), at_first)
-        step = each_alone(signals, step, regularisations, editor.answering)
+        step = each_alone(editor, signals, step, regularisations)
         update = bounded(on_top(update, step)) if update else step
     return update
 

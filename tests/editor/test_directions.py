@@ -50,13 +50,13 @@ def test_with_some_directions_the_others_share_one_eigenvalue() -> None:
     torch.testing.assert_close(unit(found), unit(keys), atol=1e-4, rtol=1e-3)
 
 
-def test_spread_is_linear_and_points_the_same_way() -> None:
+def test_the_root_applied_twice_points_the_same_way() -> None:
     values = inputs()
     whitener = fitted(4, torch.ones(D), values)
-    torch.testing.assert_close(unit(whitener.spread(values)), unit(whitener(values)), atol=1e-4, rtol=1e-3)
-    spread = whitener.spread(torch.eye(D))
-    torch.testing.assert_close(whitener.spread(values), values @ spread, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(spread, spread.T)
+    torch.testing.assert_close(unit(whitener.root(whitener.root(values))), unit(whitener(values)), atol=1e-4, rtol=1e-3)
+    root = whitener.root(torch.eye(D))
+    torch.testing.assert_close(root, root.T, atol=1e-6, rtol=1e-5)
+    assert torch.equal(Whitener(D, 4).root(values), values)  # unfitted
 
 
 def test_a_key_answers_its_own_input_as_before() -> None:

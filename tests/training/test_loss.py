@@ -55,8 +55,10 @@ def dense_sums(base: Base, editor: Editor, requests: Sequence[EditRequest], n_st
     return out
 
 
-def assert_agrees(base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update]) -> None:
-    """Loss and gradient are those of autograd through each edit's dense update."""
+def assert_agrees(
+    base: Base, editor: Editor, made: Episodes, update_of: Callable[[int], Update], tolerance: float = 1e-3
+) -> None:
+    """Loss and gradient are those of autograd through each edit's dense update; `tolerance` of the largest entry."""
     found = backward(base, editor, made, WEIGHT)
     gradients = [parameter.grad for parameter in editor.parameters()]
     editor.zero_grad()
@@ -82,7 +84,7 @@ def assert_agrees(base: Base, editor: Editor, made: Episodes, update_of: Callabl
         assert gradient is not None and parameter.grad is not None, where
         assert parameter.grad.abs().max() > 0, where
         largest = parameter.grad.abs().max().item()
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=1e-3 * largest)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=tolerance * largest)
 
 
 # Few tokens are solved in the dual form, many in the primal one.
@@ -96,7 +98,7 @@ def test_the_gradient_reaches_editor_and_regularisation_through_the_solve(
     editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), JOINT, passes)
     changes = dense_joint(base, editor, made.requests, editor.regularisations())
     update = {name: (torch.eye(len(change))[None], change.float()[None]) for name, change in changes.items()}
-    assert_agrees(base, editor, made, lambda edit: update)
+    assert_agrees(base, editor, made, lambda edit: update, 3e-3)  # the solve amplifies the products' rounding
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
