@@ -1,10 +1,11 @@
 """Many edits at once: `python -m benchmarks.many --editor DIR --data DIR [--model M] [--methods joint,stack,ultra]`.
 
+Where DIR is no editor yet, one is trained for joint edits of published facts (zsre is held out), on M.
 At each size random test records of all tasks are edited together: in one joint patch of a trained editor, in the sum of
 its single patches, and in a joint update without training (`ultra`). Asked plainly, each record under all edits:
 reliability, generalization and locality, forced and generated. Each size of each method is a process of its own, so
-that its peak memory is its own; seconds an edit are those of making the update, the base being loaded. λ and ultra's
-rate are those with the highest harmonic mean at `--tuned-at` edits of validation records.
+that its peak memory is its own; seconds an edit are those of making the update, the base being loaded. λ is what the
+editor learned; ultra's λ and rate are those with the highest harmonic mean at `--tuned-at` edits of validation records.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import ie
 from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.update import Update
@@ -33,17 +35,29 @@ from ie.editor.request import EditRequest
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import mean
 from ie.evaluation.protocol import is_opinion, measure
-from ie.evaluation.tuning import VALIDATED, best_setting
+from ie.evaluation.tuning import SETTINGS, VALIDATED, best_setting
 from ie.patch.lowrank import compress, select, stack
 from ie.training.memory import peak_memory_bytes
 from ie.versions import versions
 
 __all__ = ["make", "measure_size"]
 
+SETTINGS_OF_TRAINING = {
+    "method": "instructedit-joint", "tasks": ["counterfact", "recent", "wikifactdiff"], "balance": False,
+    "batch_size": 64, "passes": 6, "rate": 6e-3, "rate_learning_rate": 3e-2, "learning_rate": 2e-3, "steps": 200,
+    "related_negatives": True, "n_negatives": 1, "locality_weight": 1.5, "n_validation": 0,
+}  # fmt: skip
 _BATCH = 32
 _N_FIT = 256
-_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # λ
-_RATES = (1e-3, 1e-2, 1e-1)
+
+
+def train(folder: Path, data: Path, model: str) -> None:
+    """An editor for joint edits of published facts."""
+    folder.mkdir(parents=True)
+    config = folder.with_suffix(".yaml")
+    config.write_text(json.dumps(SETTINGS_OF_TRAINING), encoding="utf-8")  # JSON is YAML
+    told = ("--model", model, "--data", str(data.resolve()), "--out", str(folder.resolve()), "--force")
+    ie(Path(), "train", "--config", str(config), *told)
 
 
 def draw(dataset: Dataset, split: str, n: int, seed: int = 0) -> list[Record]:
@@ -57,8 +71,10 @@ def requests_of(records: Sequence[Record]) -> list[EditRequest]:
     return [EditRequest.of(one, text) for one, text in zip(records, heldout_instructions(records), strict=True)]
 
 
-def make(method: str, base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float) -> Update:
-    """One update for all edits."""
+def make(
+    method: str, base: Base, editor: Editor, requests: Sequence[EditRequest], regularisation: float | None = None
+) -> Update:
+    """One update for all edits; λ is the editor's own if none is given."""
     if method != "stack":
         return joint_update(base, editor, requests, regularisation)
     single = editor_method(editor)
@@ -70,26 +86,24 @@ def make(method: str, base: Base, editor: Editor, requests: Sequence[EditRequest
     return stack(patches)
 
 
-def editor_of(method: str, base: Base, folder: Path, dataset: Dataset, rate: float) -> Editor:
-    """The trained editor, or ultra's."""
-    if method != "ultra":
+def editor_of(base: Base, folder: Path, dataset: Dataset, rate: float | None = None) -> Editor:
+    """The trained editor; with a rate ultra's."""
+    if rate is None:
         return load_editor(folder, base)[0]
     seen = random.Random(0).sample(list(dataset.records("train")), _N_FIT)
     return fitted_editor(base, [EditRequest.of(record, None) for record in seen], rate)
 
 
-def tune(method: str, base: Base, folder: Path, dataset: Dataset, n: int) -> dict[str, float]:
-    """λ, and ultra's rate, on validation records."""
+def tune(base: Base, folder: Path, dataset: Dataset, n: int) -> dict[str, float]:
+    """Ultra's λ and rate, on validation records."""
     records = draw(dataset, "validation", n)
     requests = requests_of(records)
 
     def maker(rate: float, regularisation: float) -> Any:
-        editor = editor_of(method, base, folder, dataset, rate)
-        return lambda base, _: make(method, base, editor, requests, regularisation)
+        editor = editor_of(base, folder, dataset, rate)
+        return lambda base, _: make("ultra", base, editor, requests, regularisation)
 
-    rates = _RATES if method == "ultra" else (0.0,)
-    grid = [{"rate": rate, "regularisation": share} for rate in rates for share in _SHARES]
-    return dict(best_setting(base, maker, grid, records))
+    return dict(best_setting(base, maker, SETTINGS["ultra"], records))
 
 
 def measure_size(
@@ -99,10 +113,11 @@ def measure_size(
     dataset = Dataset.load(data)
     records = draw(dataset, "test", n)
     requests = requests_of(records)
-    editor = editor_of(method, base, folder, dataset, setting["rate"])
-    make(method, base, editor, requests[:1], setting["regularisation"])  # what a first call alone costs is left out
+    editor = editor_of(base, folder, dataset, setting.get("rate"))
+    given = setting.get("regularisation")
+    make(method, base, editor, requests[:1], given)  # what a first call alone costs is left out
     began = time.perf_counter()
-    update = make(method, base, editor, requests, setting["regularisation"])
+    update = make(method, base, editor, requests, given)
     seconds = (time.perf_counter() - began) / len(requests)
     found: dict[str, Any] = {
         "method": method, "n": len(records), **setting, "seconds_per_edit": seconds,
@@ -119,11 +134,11 @@ def measure_size(
 
 def _in_processes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for method in args.methods.split(","):
-        setting = {"rate": 0.0, "regularisation": 0.0}
+        setting: dict[str, float] = {}
         own = [sys.executable, "-m", "benchmarks.many", "--editor", args.editor, "--data", args.data, "--one", method]
         own += ["--model", args.model] if args.model else []
         own += [] if args.generate else ["--no-generate"]
-        if method != "stack":
+        if method == "ultra":
             tuning = subprocess.run([*own, "--sizes", str(args.tuned_at), "--tune"], check=True, stdout=subprocess.PIPE)
             setting = json.loads(tuning.stdout)
         for size in args.sizes.split(","):
@@ -158,6 +173,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is None:
+        if not (Path(args.editor) / "editor.json").exists():
+            train(Path(args.editor), Path(args.data), args.model)
         rows = list(_in_processes(args))
         result = {"measured": rows, "versions": versions()}
         sys.stdout.write((json.dumps(result, indent=1) if args.json else _table(rows)) + "\n")
@@ -166,7 +183,7 @@ def main() -> None:
     folder, data, size = Path(args.editor), Path(args.data), int(args.sizes)
     base = load_base(args.model or load_info(folder).base.id)
     if args.tune:
-        found = tune(args.one, base, folder, Dataset.load(data), size)
+        found = tune(base, folder, Dataset.load(data), size)
     else:
         found = measure_size(args.one, base, folder, data, size, json.loads(args.setting), generate=args.generate)
     sys.stdout.write(json.dumps(found))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import Z95, mean, wilson
 from ie.evaluation.protocol import Figures, measure
 from ie.evaluation.respondent import Respondent
-from ie.evaluation.tuning import best_setting
+from ie.evaluation.tuning import SETTINGS, best_setting
 from ie.versions import now, versions
 
 __all__ = ["evaluate"]
@@ -36,13 +36,6 @@ OnNote = Callable[[str], None]
 _BATCH_SIZE = 32  # edits whose updates are held at once
 _N_TUNING = 64  # validation records that a training-free method's setting is chosen on
 _N_FIT = 256  # training records that normalisers are fitted on
-_SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "finetune": [{"rate": rate, "steps": n} for rate, n in product((0.03, 0.1, 0.3, 1.0), (3, 10))],
-    "gradient": [{"rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3)],
-    "ultra": [
-        {"rate": rate, "regularisation": share} for rate, share in product((3e-4, 1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0))
-    ],
-}
 _RANDOM_SENTENCE = "The ferry leaves at noon unless the tide is late."
 
 
@@ -193,7 +186,7 @@ def _training_free(
             hint="leave --methods out, or build a dataset with training records too",
         )
     for name in wanted:
-        setting = best_setting(before.base, makers[name], _SETTINGS[name], tuning, before)
+        setting = best_setting(before.base, makers[name], SETTINGS[name], tuning, before)
         shown = {key: f"{value:g}" for key, value in setting.items()}
         said = ", ".join(f"{key} {value}" for key, value in shown.items())
         on_note(f"{name}: {said}, chosen on {len(tuning)} validation records")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from ie.base.model import Base
@@ -13,9 +14,17 @@ from ie.evaluation.metrics import harmonic_mean, mean
 from ie.evaluation.protocol import measure
 from ie.evaluation.respondent import Respondent
 
-__all__ = ["VALIDATED", "best_setting", "forced_figures"]
+__all__ = ["SETTINGS", "VALIDATED", "best_setting", "forced_figures"]
 
 VALIDATED = ("reliability", "generalization", "locality")
+# What is chosen from, for each training-free method.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "finetune": [{"rate": rate, "steps": n} for rate, n in product((0.03, 0.1, 0.3, 1.0), (3, 10))],
+    "gradient": [{"rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3)],
+    "ultra": [
+        {"rate": rate, "regularisation": share} for rate, share in product((3e-4, 1e-3, 3e-3, 1e-2), (0.01, 0.1, 1.0))
+    ],
+}
 
 
 def forced_figures(

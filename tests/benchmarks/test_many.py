@@ -23,7 +23,7 @@ def test_a_stack_is_the_sum_of_single_edits(load: Callable[..., Base], dataset: 
     base = load("llama")
     editor = _editor(base)
     requests = requests_of(draw(Dataset.load(dataset), "test", 3))
-    stacked = make("stack", base, editor, requests, 0.1)
+    stacked = make("stack", base, editor, requests)
     alone = [editor_method(editor)(base, [request]) for request in requests]
     for name, (a, b) in stacked.items():
         total = sum(one[name][1][0].T @ one[name][0][0] for one in alone)
@@ -35,7 +35,7 @@ def test_a_stack_is_the_sum_of_single_edits(load: Callable[..., Base], dataset: 
 def test_figures_of_a_size(load: Callable[..., Base], dataset: Path, tmp_path: Path) -> None:
     base = load("llama")
     save_editor(tmp_path, _editor(base), base, tasks=("people",), holdout=("zsre",), training={}, validation={})
-    setting = {"rate": 0.0, "regularisation": 1e9}
+    setting = {"regularisation": 1e9}
     found = measure_size("joint", base, tmp_path, dataset, 2, setting, generate=False)
     assert found["n"] == 2 and found["seconds_per_edit"] > 0 and found["peak_bytes"] >= found["peak_bytes_of_making"]
     # So much regularisation changes nothing: the base of random weights knows no target and keeps every answer.
