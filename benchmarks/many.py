@@ -53,10 +53,10 @@ _N_FIT = 256
 
 def train(folder: Path, data: Path, model: str) -> None:
     """An editor for joint edits of published facts."""
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.with_suffix(".yaml")
     config.write_text(json.dumps(SETTINGS_OF_TRAINING), encoding="utf-8")  # JSON is YAML
-    told = ("--model", model, "--data", str(data.resolve()), "--out", str(folder.resolve()), "--force")
+    told = ("--model", model, "--data", str(data.resolve()), "--out", str(folder.resolve()))
     ie(Path(), "train", "--config", str(config), *told)
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one is None:
         if not (Path(args.editor) / "editor.json").exists():
-            train(Path(args.editor), Path(args.data), args.model)
+            train(Path(args.editor), Path(args.data), args.model or "toy")
         rows = list(_in_processes(args))
         result = {"measured": rows, "versions": versions()}
         sys.stdout.write((json.dumps(result, indent=1) if args.json else _table(rows)) + "\n")
