@@ -6,6 +6,7 @@ its single patches, and in a joint update without training (`ultra`). Asked plai
 reliability, generalization and locality, forced and generated. Each size of each method is a process of its own, so
 that its peak memory is its own; seconds an edit are those of making the update, the base being loaded. λ is what the
 editor learned; ultra's λ and rate are those with the highest harmonic mean at `--tuned-at` edits of validation records.
+Last, the seconds an edit of a whole patch, joint and single, are compared in one process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -23,11 +25,13 @@ from typing import Any
 import torch
 
 from benchmarks.commands import ie
+from benchmarks.timing import seconds
 from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.update import Update
 from ie.data.dataset import Dataset
 from ie.data.record import Record
+from ie.editor.editing import RequestSettings, make_joint_patch, make_patches
 from ie.editor.editor import Editor
 from ie.editor.files import load_editor, load_info
 from ie.editor.methods import editor_method, fitted_editor, joint_update
@@ -48,7 +52,7 @@ SETTINGS_OF_TRAINING = {
     "related_negatives": True, "n_negatives": 1, "locality_weight": 1.5, "n_validation": 0,
 }  # fmt: skip
 _BATCH = 32
-_N_FIT = 256
+_N_FIT, _N_SINGLE = 256, 21
 
 
 def train(folder: Path, data: Path, model: str) -> None:
@@ -106,6 +110,29 @@ def tune(base: Base, folder: Path, dataset: Dataset, n: int) -> dict[str, float]
     return dict(best_setting(base, maker, SETTINGS["ultra"], records))
 
 
+def patch_seconds(base: Base, folder: Path, dataset: Dataset, n: int) -> dict[str, float]:
+    """Seconds an edit of a patch for n and of patches for one: update, compression, what it does, as of `ie edit`."""
+    editor, info = load_editor(folder, base)
+    single = editor_method(editor)
+
+    def settings(requests: Sequence[EditRequest]) -> list[RequestSettings]:
+        return [RequestSettings(prompt=one.prompt, target=one.target, instruction=one.instruction) for one in requests]
+
+    def alone(request: EditRequest) -> None:
+        make_patches(base, single(base, [request]), settings([request]), info)
+
+    def together(requests: list[EditRequest]) -> None:
+        names = [str(index) for index in range(len(requests))]
+        make_joint_patch(base, joint_update(base, editor, requests, None), settings(requests), info, names=names)
+
+    # Texts not seen before, on both sides; what a first call alone costs is left out.
+    first, *others = requests_of(draw(dataset, "validation", 1 + _N_SINGLE))
+    alone(first)
+    one = statistics.median(seconds(lambda request=request: alone(request)) for request in others)  # type: ignore[misc]
+    each = seconds(lambda: together(requests_of(draw(dataset, "test", n)))) / n
+    return {"n": n, "joint_s": each, "single_s": one, "share": each / one}
+
+
 def measure_size(
     method: str, base: Base, folder: Path, data: Path, n: int, setting: dict[str, float], *, generate: bool
 ) -> dict[str, Any]:
@@ -115,13 +142,12 @@ def measure_size(
     requests = requests_of(records)
     editor = editor_of(base, folder, dataset, setting.get("rate"))
     given = setting.get("regularisation")
-    other = requests_of(draw(dataset, "validation", 1))
-    make(method, base, editor, other, given)  # what a first call alone costs is left out
+    make(method, base, editor, requests_of(draw(dataset, "validation", 1)), given)  # what a first call alone costs
     began = time.perf_counter()
     update = make(method, base, editor, requests, given)
-    seconds = (time.perf_counter() - began) / len(requests)
+    each = (time.perf_counter() - began) / len(requests)
     found: dict[str, Any] = {
-        "method": method, "n": len(records), **setting, "seconds_per_edit": seconds,
+        "method": method, "n": len(records), **setting, "seconds_per_edit": each,
         "rank": max(a.shape[1] for a, _ in update.values()), "peak_bytes_of_making": peak_memory_bytes(),
     }  # fmt: skip
     # Asked in its exact smallest form: the sum of thousands of patches has more rows than its modules have features.
@@ -177,8 +203,11 @@ def main() -> None:
         if not (Path(args.editor) / "editor.json").exists():
             train(Path(args.editor), Path(args.data), args.model or "toy")
         rows = list(_in_processes(args))
-        result = {"measured": rows, "versions": versions()}
-        sys.stdout.write((json.dumps(result, indent=1) if args.json else _table(rows)) + "\n")
+        folder, sizes = Path(args.editor), [int(size) for size in args.sizes.split(",")]
+        base = load_base(args.model or load_info(folder).base.id)
+        speed = patch_seconds(base, folder, Dataset.load(Path(args.data)), max(sizes))
+        result = {"measured": rows, "patches": speed, "versions": versions()}
+        sys.stdout.write((json.dumps(result, indent=1) if args.json else f"{_table(rows)}\n\n{speed}") + "\n")
         return
     torch.manual_seed(0)
     folder, data, size = Path(args.editor), Path(args.data), int(args.sizes)

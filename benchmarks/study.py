@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "locality weight half": {"locality_weight": 0.75},
     "locality weight twice": {"locality_weight": 3.0},
     "locality weight four times": {"locality_weight": 6.0},
-    "2 negatives, locality weight twice": {"n_negatives": 2, "locality_weight": 3.0},
+    "2 negatives at twice the weight": {"n_negatives": 2, "locality_weight": 3.0},
     "no negative": {"n_negatives": 0},
     "unrelated negative": {"related_negatives": False},
     "2 negatives": {"n_negatives": 2},

@@ -81,7 +81,8 @@ def joint_update(
     Raises:
         EditorError: if it is not finite.
     """
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    alike = sorted(requests, key=lambda one: len(one.prompt) + len(one.target))  # of like length: less padding
+    batches = [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
     given = editor.regularisations() if regularisation is None else dict.fromkeys(_names(base), regularisation)
     with torch.no_grad():
         return propose_jointly(base, editor, batches, given)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.many import draw, make, measure_size, requests_of
+from benchmarks.many import draw, make, measure_size, patch_seconds, requests_of
 from ie.base import Base
 from ie.data.dataset import Dataset
 from ie.editor import Editor, EditorSettings, save_editor
@@ -38,5 +38,7 @@ def test_figures_of_a_size(load: Callable[..., Base], dataset: Path, tmp_path: P
     setting = {"regularisation": 1e9}
     found = measure_size("joint", base, tmp_path, dataset, 2, setting, generate=False)
     assert found["n"] == 2 and found["seconds_per_edit"] > 0 and found["peak_bytes"] >= found["peak_bytes_of_making"]
+    timed = patch_seconds(base, tmp_path, Dataset.load(dataset), 2)
+    assert timed["n"] == 2 and timed["share"] == timed["joint_s"] / timed["single_s"] > 0
     # So much regularisation changes nothing: the base of random weights knows no target and keeps every answer.
     assert (found["reliability_forced"], found["locality_forced"]) == (0.0, 1.0)
