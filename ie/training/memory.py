@@ -19,7 +19,7 @@ from torch import nn
 from ie.base.model import PREFIX_BUDGET_BYTES
 from ie.base.plan import Plan, meta_model
 from ie.base.targets import find_blocks, find_targets, module_shape
-from ie.editor.editor import Editor, EditorSettings
+from ie.editor.editor import JOINT, Editor, EditorSettings
 from ie.errors import NotEnoughMemoryError, is_out_of_memory
 from ie.training.settings import TrainSettings
 
@@ -108,13 +108,24 @@ def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: Tra
         logits = n_texts * _ANSWER_TOKENS * n_vocab * plan.dtype.itemsize
         return copies * (n_texts * factors + logits) + 3 * n_tokens * d_out * plan.dtype.itemsize
 
-    made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings)
+    made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings) + _solve_bytes(model, settings)
     per_edit = 3 + settings.n_negatives
     n_step = _STEP_TOKENS if plan.device.type == "cpu" else _GPU_STEP_TOKENS
     step = made + asked(min(n_step, settings.batch_size * per_edit * _PLAIN_TOKENS), copies=2)
     n_asked = min(_ASK_TOKENS, settings.n_validation * _N_QUERIES * _PLAIN_TOKENS)
     validation = settings.n_validation * factors + max(asked(n_asked, copies=1), made)
     return int((1 + _FREED_SHARE) * max(step, validation))
+
+
+def _solve_bytes(model: nn.Module, settings: TrainSettings) -> int:
+    """What joint edits' least squares keep of each pass for the gradient, in double: KᵀK or KKᵀ and its factor; KᵀD, X
+    and sums of X, or K, D and solutions.
+    """
+    if settings.method != JOINT:
+        return 0
+    n_tokens = settings.batch_size * _EDIT_TOKENS
+    sizes = [(min(n_tokens, target.d_in), target.d_out) for target in find_targets(model)]
+    return settings.passes * sum((2 * size**2 + 3 * size * d_out) * 8 for size, d_out in sizes)
 
 
 def _store_bytes(model: nn.Module, plan: Plan, settings: TrainSettings) -> int:
