@@ -45,8 +45,8 @@ def test_what_makes_it_larger(checkpoint: Callable[..., Path]) -> None:
     plan = plan_load("none", "float32", "cpu")
     larger = estimate_memory(name, plan, TrainSettings(batch_size=1024))
     assert larger["activations"] > 5 * full["activations"]
-    joint = estimate_memory(name, plan, TrainSettings(method="instructedit-joint"))
-    assert joint["activations"] > full["activations"]
+    joint = estimate_memory(name, plan, TrainSettings(method="instructedit-joint", batch_size=1024))
+    assert joint["activations"] > larger["activations"]
     assert estimate_memory(name, plan, TrainSettings(steps=10))["prefix_store"] < full["prefix_store"]
 
 
