@@ -76,9 +76,7 @@ class Whitener(Directions):
 
     def root(self, values: Tensor) -> Tensor:
         """S⁻¹ᐟ² of values (n, d_features), float32, but for a common factor: applied twice it is S⁻¹."""
-        weights = self.directions.square().sum(
-            -1, keepdim=True
-        )  # none is 1: what is left keeps a share of any direction
+        weights = self.directions.square().sum(-1, keepdim=True)  # all below 1: no direction is left out whole
         shares = (1 - (1 - weights).sqrt()) / weights.clamp(min=1e-30)
         return values - values @ self.directions.T @ (shares * self.directions)
 
