@@ -24,6 +24,7 @@ from ie.base.instructions import Readings
 from ie.base.targets import is_transposed, read_target
 from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 from ie.editor.editor import Editor
+from ie.editor.passes import FINER
 from ie.editor.request import EditRequest
 from ie.training.episodes import Episodes
 
@@ -45,16 +46,16 @@ class Reference:
         self.encode = TextEncoder(AutoTokenizer.from_pretrained(folder), self.model.config.max_position_embeddings)
         self.editor = editor
 
-    def update(self, request: EditRequest) -> Dense:
-        """ΔW of one edit, part of the editor's graph."""
+    def update(self, request: EditRequest, finer: int = 1) -> Dense:
+        """ΔW of one edit, part of the editor's graph; `finer` as in `ie.editor.passes.propose`."""
         plain = Ask(request.prompt, request.target, None)
         told, seen = self._read(request.instruction), self._signals(plain, {})
         factors = self.editor.update(seen, told)
-        for _ in range(self.editor.settings.passes - 1):
-            so_far = {name: change.detach() for name, change in self._dense(factors).items()}
+        for _ in range(finer * self.editor.settings.passes - 1):
+            so_far = {name: change.detach() / finer for name, change in self._dense(factors).items()}
             step = self.editor.update(self._signals(plain, so_far, seen), told)
             factors = {name: (a, b + step[name][1]) for name, (a, b) in factors.items()}
-        return self._dense(factors)
+        return {name: change / finer for name, change in self._dense(factors).items()}
 
     def _dense(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Dense:
         dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
@@ -120,10 +121,10 @@ class Reference:
         return torch.autograd.grad(edit + locality_weight * locality, list(self.editor.parameters()))
 
     def edit(self, request: EditRequest) -> nn.Module:
-        """A copy of the model, edited."""
+        """A copy of the model, edited as an editor in use edits."""
         with torch.no_grad():
             edited = copy.deepcopy(self.model)
-        dense = self.update(request)
+        dense = self.update(request, FINER)
         with torch.no_grad():
             for name, change in dense.items():
                 edited.get_submodule(name).weight += change

@@ -45,7 +45,7 @@ class EditorSettings(BaseModel):
         n_layers: number of its layers.
         rate: the learned rates' start, of all passes together.
         opening_share: the start of the rate of a prompt's last token, as a share of that.
-        passes: how many gradients an edit is made of, see `ie.editor.passes`.
+        passes: how many gradients an edit is made of in training, see `ie.editor.passes`.
         n_whitened: principal directions of a module's inputs that keys are whitened along, see `ie.editor.directions`.
     """
 

@@ -7,6 +7,9 @@ instruction steers what is made of them. Keys stay those of the first pass, so t
 token however many passes there are. MEND and InstructEdit take one pass; a single gradient need not point to where the
 target is likely, and a network must then make up what a second look would show (docs/experiments.md).
 
+Once trained, an editor takes `FINER` times as many passes, each by so much shorter. It looks more often where it is
+going and disturbs less on its way; training learns as much from few passes and costs less (docs/experiments.md).
+
 Of many edits that become one update by least squares (`ie.editor.least_squares`) the passes are joint ones: each takes
 all edits' signals under the joint update so far. There an edit asks for less as its target becomes likely, so that
 those which took early do not go on pulling at the others.
@@ -28,7 +31,9 @@ from ie.editor.editor import Editor
 from ie.editor.least_squares import Joint, Regularisations, each_alone
 from ie.editor.request import EditRequest, collate_requests, plain
 
-__all__ = ["observe", "propose", "propose_alone", "propose_jointly"]
+__all__ = ["FINER", "observe", "propose", "propose_alone", "propose_jointly"]
+
+FINER = 3
 
 
 def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
@@ -38,7 +43,7 @@ def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None
 
 
 def propose(
-    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None
+    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None, *, finer: int = 1
 ) -> tuple[Signals, dict[str, Factors]]:
     """The updates of a batch of edits, part of the editor's graph.
 
@@ -47,17 +52,18 @@ def propose(
         editor: what makes the updates.
         requests: n independent edits.
         so_far: the edits that the model is under already, a batch of one; None for the base itself.
+        finer: how many passes are taken for each of the editor's, every one by so much shorter.
 
     Returns:
         The signals of the first pass, and the n updates.
     """
     batch, told = _asked(base, editor, requests)
     signals = base.signals(batch, so_far)
-    update = _update(base, editor, signals, told)
+    update = _shortened(_update(base, editor, signals, told), finer)
     keys = {name: a for name, (a, _) in update.items()}
-    for _ in range(editor.settings.passes - 1):
+    for _ in range(finer * editor.settings.passes - 1):
         again = base.signals(batch, _added(so_far, update), like=signals)
-        step = _update(base, editor, again, told, keys)
+        step = _shortened(_update(base, editor, again, told, keys), finer)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
 
@@ -125,6 +131,10 @@ def _added(so_far: Update | None, update: Update) -> Update | None:
     """What the model is under while the next gradient is taken: a constant to the editor's graph."""
     made = {name: (a.detach(), b.detach()) for name, (a, b) in update.items()}
     return on_top(so_far, made) if so_far and made else made or so_far
+
+
+def _shortened(update: Update, finer: int) -> dict[str, Factors]:
+    return {name: (a, b / finer) for name, (a, b) in update.items()}
 
 
 def _eased(editor: Editor, signals: Signals, update: Update, at_first: Tensor) -> dict[str, Factors]:

@@ -35,7 +35,7 @@ class TrainSettings(BaseModel):
         n_layers: number of its layers.
         rate: start of the learned rates of the update, of all passes together.
         opening_share: start of the rate of a prompt's last token, as a share of that.
-        passes: gradients that an edit is made of, each on the model as edited so far.
+        passes: gradients that an edit is made of in training, each on the model as edited so far (`ie.editor.passes`).
         n_whitened: principal directions of a module's inputs that an edit's keys are whitened along.
         learning_rate: of the hypernetwork (Adam).
         rate_learning_rate: of the rates' logarithms (Adam).
@@ -76,7 +76,7 @@ class TrainSettings(BaseModel):
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 4e-3
     opening_share: PositiveFloat = 0.1
-    passes: PositiveInt = 3
+    passes: PositiveInt = 2
     n_whitened: NonNegativeInt = 64
     learning_rate: PositiveFloat = 1.5e-3
     rate_learning_rate: PositiveFloat = 1e-2

@@ -14,7 +14,8 @@ from benchmarks.workload import moved_editor, regroup
 from ie.base import Base
 from ie.base.targets import is_transposed
 from ie.data.record import Record
-from ie.editor.passes import propose
+from ie.editor import Editor
+from ie.editor.passes import FINER, propose
 from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import backward
 from tests.training.test_episodes import RECORDS
@@ -31,6 +32,17 @@ def _made(records: list[Record], seed: int) -> Episodes:
     return make_episodes(records, rng, relations=None, instructed=True, plain_share=0.5, n_negatives=2)
 
 
+def _held_equal(base: Base, editor: Editor, made: Episodes, reference: Reference, finer: int) -> None:
+    with torch.no_grad():
+        _, update = propose(base, editor, made.requests, finer=finer)
+    for index, request in enumerate(made.requests):
+        for module, dense in reference.update(request, finer).items():
+            ours = torch.einsum("ri,ro->io", update[module][0][index], update[module][1][index])
+            ours = ours if is_transposed(base.model.get_submodule(module)) else ours.T
+            # Sums of some hundred float32 products in another order.
+            torch.testing.assert_close(ours, dense.detach(), atol=1e-6 * dense.abs().max().item(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_update_loss_and_gradient_are_the_reference_s(
     load: Callable[..., Base], checkpoint: Callable[..., Path], name: str
@@ -38,14 +50,8 @@ def test_update_loss_and_gradient_are_the_reference_s(
     base, made = load(name), episodes()
     editor = moved_editor(base)
     reference = Reference(checkpoint(name), editor)
-    with torch.no_grad():
-        _, update = propose(base, editor, made.requests)
-    for index, request in enumerate(made.requests):
-        for module, dense in reference.update(request).items():
-            ours = torch.einsum("ri,ro->io", update[module][0][index], update[module][1][index])
-            ours = ours if is_transposed(base.model.get_submodule(module)) else ours.T
-            # Sums of some hundred float32 products in another order.
-            torch.testing.assert_close(ours, dense.detach(), atol=1e-6 * dense.abs().max().item(), rtol=1e-4)
+    for finer in (1, FINER):
+        _held_equal(base, editor, made, reference, finer)
 
     theirs = [reference.loss(made, index) for index in range(len(made.requests))]
     gradients = [reference.gradients(made, index, WEIGHT) for index in range(len(made.requests))]

@@ -15,7 +15,8 @@ from ie.base import Base
 from ie.base.instructions import Readings
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
-from ie.editor.passes import observe, propose
+from ie.editor.methods import editor_method
+from ie.editor.passes import FINER, observe, propose
 from ie.editor.request import collate_requests
 from tests.dense import edited, random_update, rebased
 from tests.models import ARCHITECTURES
@@ -47,14 +48,16 @@ def dense(update: Mapping[str, Factors], index: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reference(base: Base, editor: Editor, request: EditRequest, told: Readings | None = None) -> dict[str, Factors]:
+def reference(
+    base: Base, editor: Editor, request: EditRequest, told: Readings | None = None, finer: int = 1
+) -> dict[str, Factors]:
     """The sum of passes, each with the signals of a copy of the model whose weights hold those before it."""
     batch = collate_requests(base, [EditRequest(request.prompt, request.target)])
     told = told or base.read([request.instruction])
-    update = editor.update(base.signals(batch), told)
-    for _ in range(editor.settings.passes - 1):
+    update = {name: (a, b / finer) for name, (a, b) in editor.update(base.signals(batch), told).items()}
+    for _ in range(finer * editor.settings.passes - 1):
         step = editor.update(rebased(base, edited(base, update)).signals(batch), told)
-        update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
+        update = {name: (a, b + step[name][1] / finer) for name, (a, b) in update.items()}
     return update
 
 
@@ -68,6 +71,17 @@ def test_passes_are_those_of_dense_models_one_request_at_a_time(load: Callable[.
             found = dense(update, edit)[module].detach()
             # Float32 through three passes, in batches of other shapes.
             torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
+
+
+def test_a_trained_editor_takes_more_and_shorter_passes_unless_it_takes_one(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    for passes, finer in ((2, FINER), (1, 1)):
+        editor = moved(base, passes=passes)
+        update = editor_method(editor)(base, REQUESTS)
+        for edit, request in enumerate(REQUESTS):
+            for module, change in dense(reference(base, editor, request, finer=finer), 0).items():
+                close = {"rtol": 1e-2, "atol": 1e-3 * change.abs().max().item()}
+                torch.testing.assert_close(dense(update, edit)[module], change, **close)
 
 
 def test_each_pass_goes_equally_far(load: Callable[..., Base]) -> None:
