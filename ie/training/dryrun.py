@@ -9,6 +9,7 @@ from torch import nn
 from ie.base.plan import Plan, meta_model, plan_load
 from ie.base.precision import product_seconds, with_faster_dtype
 from ie.base.targets import EditTarget, find_blocks, find_targets
+from ie.editor.passes import FINER
 from ie.training.memory import estimate_memory
 from ie.training.settings import TrainSettings
 
@@ -53,17 +54,17 @@ def _seconds(model: nn.Module, targets: tuple[EditTarget, ...], plan: Plan, sett
     n_suffix = len(blocks) - targets[0].block
     n_head: int = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
 
-    def products(n_requests: float, n_plain: float, n_instructed: float, backward: int) -> float:
+    def products(n_requests: float, n_plain: float, n_instructed: float, backward: int, passes: int) -> float:
         n_asked = n_plain * _PLAIN_TOKENS + n_instructed * _INSTRUCTED_TOKENS
-        n_edited = n_requests * (_INSTRUCTED_TOKENS + settings.passes * _PLAIN_TOKENS)
+        n_edited = n_requests * (_INSTRUCTED_TOKENS + passes * _PLAIN_TOKENS)
         prefix = targets[0].block * of_block * (n_requests * (_INSTRUCTED_TOKENS + _PLAIN_TOKENS) + n_asked)
         suffix = n_suffix * of_block * (2 * n_edited + (1 + backward) * n_asked)  # signals always go backward
         head = n_head * _ANSWER_TOKENS * (n_requests + (1 + backward) * (n_plain + n_instructed))
         return 2 * (prefix + suffix + head)
 
     n, plain = settings.batch_size, settings.plain_share
-    of_step = products(n, n * (2 * plain + 1 + settings.n_negatives), n * 2 * (1 - plain), backward=1)
-    of_validation = products(settings.n_validation, 8 * settings.n_validation, 0, backward=0)
+    of_step = products(n, n * (2 * plain + 1 + settings.n_negatives), n * 2 * (1 - plain), 1, settings.passes)
+    of_validation = products(settings.n_validation, 8 * settings.n_validation, 0, 0, FINER * settings.passes)
     n_validations = 1 + settings.steps // settings.validate_every
     total = (settings.steps * of_step + n_validations * of_validation) / rate + settings.steps * _REST_S
     return float(total if settings.minutes is None else min(total, 60 * settings.minutes))
