@@ -32,6 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rates from half": {"rate": 7.5e-4},
     "rates from twice": {"rate": 3e-3},
     "opening share 1": {"opening_share": 1.0},
+    "learning rate a quarter": {"learning_rate": 1e-3},
     "learning rate half": {"learning_rate": 2e-3},
     "learning rate twice": {"learning_rate": 8e-3},
     "locality weight half": {"locality_weight": 0.75},
