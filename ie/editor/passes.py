@@ -27,11 +27,11 @@ from ie.base.instructions import Readings
 from ie.base.model import Base
 from ie.base.update import Factors, Update, bounded, on_top
 from ie.data.tokens import TokenBatch
-from ie.editor.editor import Editor
+from ie.editor.editor import JOINT, Editor, Method
 from ie.editor.least_squares import Joint, Regularisations, each_alone
 from ie.editor.request import EditRequest, collate_requests, plain
 
-__all__ = ["FINER", "observe", "propose", "propose_alone", "propose_jointly"]
+__all__ = ["FINER", "finer_in_use", "observe", "propose", "propose_alone", "propose_jointly"]
 
 FINER = 3
 
@@ -40,6 +40,14 @@ def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None
     """Take requests into the statistics that `Editor.fit` then sets: the base's own signals, and instructions."""
     batch, told = _asked(base, editor, requests)
     editor.observe(base.signals(batch), told)
+
+
+def finer_in_use(method: Method, passes: int) -> int:
+    """How many passes a trained editor takes for each of its training's.
+
+    A single pass is the published methods' edit, and stays one; joint edits are made as they were trained.
+    """
+    return FINER if passes > 1 and method != JOINT else 1
 
 
 def propose(

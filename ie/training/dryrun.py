@@ -9,7 +9,7 @@ from torch import nn
 from ie.base.plan import Plan, meta_model, plan_load
 from ie.base.precision import product_seconds, with_faster_dtype
 from ie.base.targets import EditTarget, find_blocks, find_targets
-from ie.editor.passes import FINER
+from ie.editor.passes import finer_in_use
 from ie.training.memory import estimate_memory
 from ie.training.settings import TrainSettings
 
@@ -64,7 +64,8 @@ def _seconds(model: nn.Module, targets: tuple[EditTarget, ...], plan: Plan, sett
 
     n, plain = settings.batch_size, settings.plain_share
     of_step = products(n, n * (2 * plain + 1 + settings.n_negatives), n * 2 * (1 - plain), 1, settings.passes)
-    of_validation = products(settings.n_validation, 8 * settings.n_validation, 0, 0, FINER * settings.passes)
+    in_use = settings.passes * finer_in_use(settings.method, settings.passes)
+    of_validation = products(settings.n_validation, 8 * settings.n_validation, 0, 0, in_use)
     n_validations = 1 + settings.steps // settings.validate_every
     total = (settings.steps * of_step + n_validations * of_validation) / rate + settings.steps * _REST_S
     return float(total if settings.minutes is None else min(total, 60 * settings.minutes))
