@@ -16,7 +16,7 @@ from ie.base.instructions import Readings
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.methods import editor_method
-from ie.editor.passes import FINER, observe, propose
+from ie.editor.passes import FINER, finer_in_use, observe, propose
 from ie.editor.request import collate_requests
 from tests.dense import edited, random_update, rebased
 from tests.models import ARCHITECTURES
@@ -71,6 +71,10 @@ def test_passes_are_those_of_dense_models_one_request_at_a_time(load: Callable[.
             found = dense(update, edit)[module].detach()
             # Float32 through three passes, in batches of other shapes.
             torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
+
+
+def test_joint_edits_and_those_of_one_pass_take_as_many_passes_as_in_training() -> None:
+    assert [finer_in_use("instructedit-joint", 2), finer_in_use("mend", 1), finer_in_use("mend", 2)] == [1, 1, FINER]
 
 
 def test_a_trained_editor_takes_more_and_shorter_passes_unless_it_takes_one(load: Callable[..., Base]) -> None:
