@@ -21,36 +21,33 @@ from benchmarks.verdict import JUDGED
 
 ROWS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "rank 32": {"rank": 32},
-    "rank 128": {"rank": 128},
-    "rank 128, learning rate twice": {"rank": 128, "learning_rate": 4e-3},
-    "no layer": {"n_layers": 0},
-    "1 layer": {"n_layers": 1},
-    "4 layers": {"n_layers": 4},
-    "1 pass": {"passes": 1},
-    "4 passes": {"passes": 4},
-    "keys not whitened": {"n_whitened": 0},
-    "rates from half": {"rate": 7.5e-4},
-    "rates from twice": {"rate": 3e-3},
-    "opening share 1": {"opening_share": 1.0},
-    "learning rate half": {"learning_rate": 1e-3},
-    "learning rate twice": {"learning_rate": 4e-3},
-    "locality weight half": {"locality_weight": 0.75},
-    "locality weight twice": {"locality_weight": 3.0},
-    "locality weight four times": {"locality_weight": 6.0},
-    "2 negatives at twice the weight": {"n_negatives": 2, "locality_weight": 3.0},
-    "no negative": {"n_negatives": 0},
-    "unrelated negative": {"related_negatives": False},
-    "2 negatives": {"n_negatives": 2},
-    "plain questions alone": {"plain_share": 1.0},
-    "half of the questions instructed": {"plain_share": 0.5},
-    "no sums": {"stacked_share": 0.0},
-    "tasks drawn evenly": {"balance": True},
-    "in bf16": {"dtype": "bfloat16"},
     "no instruction": {"method": "mend"},
     "1 task": {"tasks": ["counterfact"]},
     "2 tasks": {"tasks": ["counterfact", "recent"]},
     "3 tasks": {"tasks": ["counterfact", "recent", "wikifactdiff"]},
+    "tasks drawn evenly": {"balance": True},
+    "1 pass": {"passes": 1},
+    "4 passes": {"passes": 4},
+    "rank 32": {"rank": 32},
+    "rank 128": {"rank": 128},
+    "no layer": {"n_layers": 0},
+    "1 layer": {"n_layers": 1},
+    "4 layers": {"n_layers": 4},
+    "keys not whitened": {"n_whitened": 0},
+    "opening share 1": {"opening_share": 1.0},
+    "rates from half": {"rate": 7.5e-4},
+    "rates from twice": {"rate": 3e-3},
+    "plain questions alone": {"plain_share": 1.0},
+    "half of the questions instructed": {"plain_share": 0.5},
+    "no sums": {"stacked_share": 0.0},
+    "no negative": {"n_negatives": 0},
+    "unrelated negative": {"related_negatives": False},
+    "2 negatives": {"n_negatives": 2},
+    "locality weight half": {"locality_weight": 0.75},
+    "locality weight twice": {"locality_weight": 3.0},
+    "learning rate half": {"learning_rate": 1e-3},
+    "learning rate twice": {"learning_rate": 4e-3},
+    "in bf16": {"dtype": "bfloat16"},
 }
 _SHOWN = {
     "counterfact": ("reliability", "generalization", "locality", "locality-known", "harmonic-mean"),
@@ -104,7 +101,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--only", default=",".join(ROWS))
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--limit", type=int, default=150, help="test records of a task")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
