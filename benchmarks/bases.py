@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-__all__ = ["gpt2_small", "llama", "save"]
+__all__ = ["gpt2_small", "llama", "llama_7b", "save"]
 
 
 def gpt2_small(n_blocks: int = 12) -> GPT2Config:
@@ -28,9 +28,14 @@ def llama() -> LlamaConfig:
     )
 
 
-def save(config: Any, tokenizer: Path, folder: Path) -> Path:
-    """Write a base model of this shape in fp32, random weights of seed 0, with the tokenizer of another folder."""
+def llama_7b() -> LlamaConfig:
+    """LLaMA-2-7B, 6.7 G parameters."""
+    return LlamaConfig(intermediate_size=11008, max_position_embeddings=4096)
+
+
+def save(config: Any, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a base model of this shape, random weights of seed 0, with the tokenizer of another folder."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)  # type: ignore[no-untyped-call]
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Peak memory of one training process: `python -m benchmarks.memory ours|reference|reference-1920 BASE DATA`.
+"""Peak memory of one training process, the GPU's if there is one: `python -m benchmarks.memory ours|reference|reference-1920 BASE DATA`.
 
 Ours trains 64 episodes in batches of the default size, the reference as many one at a time, both with Adam. Its editor
 has ours' rank, or the paper's 1,920.
@@ -15,7 +15,7 @@ import torch
 from benchmarks.reference import Reference
 from benchmarks.workload import SETTINGS, Training, draw_episodes
 from ie.base.load import load_base
-from ie.base.plan import meta_model
+from ie.base.plan import meta_model, plan_load
 from ie.base.targets import find_targets
 from ie.editor.editor import Editor, EditorSettings
 from ie.training.memory import peak_memory_bytes
@@ -25,14 +25,14 @@ _N_BATCHES = 4
 
 def train_ours(folder: Path, data: Path) -> None:
     """Steps of a default editor."""
-    run = Training(load_base(str(folder)))
+    run = Training(load_base(str(folder), quant="none"))
     for episodes in draw_episodes(data, _N_BATCHES):
         run.step(episodes)
 
 
 def train_reference(folder: Path, data: Path, rank: int) -> None:
     """The same episodes, one at a time."""
-    editor = Editor(find_targets(meta_model(str(folder))), EditorSettings(rank=rank))
+    editor = Editor(find_targets(meta_model(str(folder))), EditorSettings(rank=rank)).to(plan_load().device)
     reference = Reference(folder, editor)
     optimiser = torch.optim.Adam(editor.parameters(), lr=1e-6)
     for episodes in draw_episodes(data, 1):

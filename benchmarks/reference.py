@@ -37,12 +37,14 @@ class Reference:
     """A base model of its own, every parameter trainable as `from_pretrained` leaves it, and an editor.
 
     Args:
-        folder: the base model's folder, loaded in fp32.
+        folder: the base model's folder, loaded in fp32 where the editor is.
         editor: for the edit targets of this base.
     """
 
     def __init__(self, folder: Path, editor: Editor) -> None:
-        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train(False)
+        self.device = next(editor.parameters()).device
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model: nn.Module = model.to(self.device).train(False)
         self.encode = TextEncoder(AutoTokenizer.from_pretrained(folder), self.model.config.max_position_embeddings)
         self.editor = editor
 
@@ -65,14 +67,16 @@ class Reference:
         if not self.editor.settings.reads_instructions:
             return None
         if instruction is None:
-            return Readings(torch.zeros(1, read_target(self.editor.targets).d_in), torch.tensor([False]))
+            nothing = torch.zeros(1, read_target(self.editor.targets).d_in, device=self.device)
+            return Readings(nothing, torch.tensor([False], device=self.device))
         seen: list[Tensor] = []
         module = self.model.get_submodule(read_target(self.editor.targets).name)
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
         with torch.no_grad():
-            self.model(input_ids=torch.tensor([self.encode("", "", instruction).ids]), use_cache=False)
+            ids = torch.tensor([self.encode("", "", instruction).ids], device=self.device)
+            self.model(input_ids=ids, use_cache=False)
         handle.remove()
-        return Readings(seen[0].mean(0, keepdim=True), torch.tensor([True]))
+        return Readings(seen[0].mean(0, keepdim=True), torch.tensor([True], device=self.device))
 
     def _signals(self, ask: Ask, so_far: Dense, like: Signals | None = None) -> Signals:
         batch = self._collate([ask])
@@ -151,4 +155,4 @@ class Reference:
 
     def _collate(self, asks: Sequence[Ask]) -> TokenBatch:
         texts: list[Text] = [self.encode(ask.prompt, ask.answer, ask.instruction) for ask in asks]
-        return collate(texts, 0, torch.device("cpu"))
+        return collate(texts, 0, self.device)

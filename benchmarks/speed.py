@@ -1,4 +1,7 @@
-"""Speed and memory against a plain reference: (a) to (g) of `python -m benchmarks`."""
+"""Speed and memory against a plain reference: (a) to (g) of `python -m benchmarks`.
+
+On a GPU, if there is one. Bases are not quantised, since the reference's is not; `benchmarks.large` measures in 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from ie.editor.request import EditRequest
 from ie.evaluation.protocol import is_opinion, measure
 from ie.evaluation.respondent import Respondent
 from ie.patch.lowrank import stack
+from ie.patch.stacking import on_device
 
 __all__ = ["MEASUREMENTS"]
 
@@ -43,7 +47,7 @@ _METRICS = ("reliability", "generalization", "locality")
 
 def check_equal(folder: Path, data: Path) -> Row:
     """(a) beforehand: in fp32 our update and loss are the reference's, to 1e-4."""
-    base, episodes = load_base(str(folder), dtype="float32"), draw_episodes(data, 1)[0]
+    base, episodes = _load(folder, "float32"), draw_episodes(data, 1)[0]
     training = Training(base)
     reference = Reference(folder, training.editor)
     with torch.no_grad():
@@ -68,7 +72,7 @@ def training(folder: Path, data: Path) -> Row:
     """(a) Seconds per training episode: reference, ours in the first pass, ours once the prefix is kept."""
     first = draw_episodes(data, _N_BATCHES + 1)
     again = regroup(first)
-    base = load_base(str(folder))
+    base = _load(folder)
     ours, reference = Training(base), Reference(folder, moved_editor(base))
     ours.step(first.pop(0))  # warm-up
     again.pop(0)
@@ -94,7 +98,7 @@ def training(folder: Path, data: Path) -> Row:
 
 def single_edit(folder: Path, data: Path) -> Row:
     """(b) Seconds from a request that was never seen to an edited model."""
-    base = load_base(str(folder))
+    base = _load(folder)
     editor = moved_editor(base)
     reference, method = Reference(folder, editor), editor_method(editor)
     requests = [request for batch in draw_episodes(data, 1) for request in batch.requests][: _N_EDITS + 1]
@@ -108,7 +112,7 @@ def single_edit(folder: Path, data: Path) -> Row:
 
 def evaluation(folder: Path, data: Path) -> Row:
     """(c) Seconds per edit: made, then edit prompt, rephrase and locality asked before and after."""
-    base = load_base(str(folder))
+    base = _load(folder)
     editor = moved_editor(base)
     reference, method = Reference(folder, editor), editor_method(editor)
     usable = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality and not is_opinion(r)]
@@ -164,7 +168,7 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
     batches = draw_episodes(data, 4)
     runs = []
     for n_blocks in (12, 24, 48):
-        run = Training(load_base(str(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}"))))
+        run = Training(_load(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}")))
         for batch in batches:
             run.step(batch)
         runs.append(run)
@@ -179,7 +183,7 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
 
 def matmul_share(place: Path, tokenizer: Path, data: Path) -> Row:
     """(f) Floating-point operations of training's matrix products per second, over the machine's best such rate."""
-    run = Training(load_base(str(save(llama(), tokenizer, place / "llama"))))
+    run = Training(_load(save(llama(), tokenizer, place / "llama")))
     batches = draw_episodes(data, 4)
     for batch in batches:
         run.step(batch)
@@ -190,17 +194,18 @@ def matmul_share(place: Path, tokenizer: Path, data: Path) -> Row:
     flops = sum(
         event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm", "aten::bmm")
     )
-    dtype = run.base.model.dtype
-    left = right = torch.randn(2048, 2048, dtype=dtype)
-    peak = 2 * 2048**3 / min(seconds(lambda: left @ right) for _ in range(12))
+    dtype, device = run.base.model.dtype, run.base.device
+    size = 2048 if device.type == "cpu" else 8192
+    left = right = torch.randn(size, size, dtype=dtype, device=device)
+    peak = 2 * size**3 / min(seconds(lambda: left @ right) for _ in range(12))
     rate = flops / sum(times)
     return {"dtype": str(dtype).removeprefix("torch."), "training": rate, "matmul": peak, "share": rate / peak}
 
 
 def patches(folder: Path, data: Path) -> Row:
     """(g) Forward time of 16 texts of 32 tokens under 1, 8 and 64 patches of rank 16, over none."""
-    base = load_base(str(folder), dtype="float32")
-    ids = torch.randint(0, 3000, (16, 32), generator=torch.Generator().manual_seed(0))
+    base = _load(folder, "float32")
+    ids = torch.randint(0, 3000, (16, 32), generator=torch.Generator().manual_seed(0)).to(base.device)
     edits = [_random_patch(base) for _ in range(64)]
     sides = {n: stack(edits[:n]) for n in (0, 1, 8, 64)}
 
@@ -214,7 +219,12 @@ def patches(folder: Path, data: Path) -> Row:
 
 
 def _random_patch(base: Base) -> Update:
-    return {t.name: (torch.randn(1, _RANK, t.d_in), 1e-4 * torch.randn(1, _RANK, t.d_out)) for t in base.targets}
+    factors = {t.name: (torch.randn(1, _RANK, t.d_in), 1e-4 * torch.randn(1, _RANK, t.d_out)) for t in base.targets}
+    return on_device(base, factors)
+
+
+def _load(folder: Path, dtype: str = "auto") -> Base:
+    return load_base(str(folder), quant="none", dtype=dtype)
 
 
 MEASUREMENTS = {

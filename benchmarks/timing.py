@@ -6,14 +6,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 __all__ = ["alternating", "seconds"]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, up to where a GPU is done with it."""
+    _settle()
     began = time.perf_counter()
     work()
+    _settle()
     return time.perf_counter() - began
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def alternating(*sides: Sequence[Callable[[], object]]) -> list[float]:

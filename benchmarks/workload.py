@@ -62,7 +62,7 @@ def regroup(batches: Sequence[Episodes], seed: int = 1) -> list[Episodes]:
 def moved_editor(base: Base) -> Editor:
     """A default editor off its start, where half of its network would be zero."""
     torch.manual_seed(0)
-    editor = Editor(base.targets, EditorSettings.model_validate(SETTINGS, from_attributes=True))
+    editor = Editor(base.targets, EditorSettings.model_validate(SETTINGS, from_attributes=True)).to(base.device)
     if editor.steering is not None:  # unfitted no instruction would say anything
         editor.steering.observe(base.read(_INSTRUCTIONS).inputs)
         editor.steering.fit()
