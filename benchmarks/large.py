@@ -1,8 +1,8 @@
 """A base of LLaMA-2-7B's shape in 8 bits on a GPU: `python -m benchmarks.large [--folder DIR] [--batch-sizes 8,32]`.
 
 Random weights (6.7 G parameters, a checkpoint of 13.5 GB in bf16, kept where a folder is named), the bundled facts and
-the bundled base's tokenizer. Each batch size is what a user runs: `ie train --dry-run`, `ie train --config llama-2-7b`
-with 200 steps, `ie edit` of one fact, processes of their own. Single edits are then timed in one process.
+the bundled base's tokenizer. For each batch size `ie train --config llama-2-7b` with 200 steps, beside the estimate of
+its memory; with the last editor single edits in one process, and `ie edit` of one fact.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,64 +23,72 @@ from benchmarks.bases import llama_7b, save
 from benchmarks.commands import ie
 from benchmarks.timing import seconds
 from ie.base.load import load_base
-from ie.base.plan import TOY_FOLDER
+from ie.base.plan import TOY_FOLDER, plan_load
 from ie.data.dataset import Dataset
 from ie.editor.editing import RequestSettings, make_patches
 from ie.editor.files import load_editor
 from ie.editor.methods import editor_method
 from ie.editor.request import EditRequest
+from ie.training.config import find_config, read_config
+from ie.training.memory import estimate_memory, peak_memory_bytes
 from ie.training.metrics import METRICS
+from ie.training.settings import TrainSettings
 from ie.versions import versions
 
-_N_EDITS = 11
+_N_EDITS = 10
 
 
 def train(place: Path, base: Path, steps: int, batch_size: int) -> dict[str, Any]:
-    """Memory and speed of `ie train` beside what `--dry-run` says of them; the editor is left in place/editor."""
-    told = (
+    """Memory and speed of `ie train` beside the estimate; the editor is left in place/editor."""
+    found = ie(
+        place,
         *("train", "--config", "llama-2-7b", "--model", str(base), "--data", "data", "--out", "editor", "--force"),
         *("--steps", str(steps), "--batch-size", str(batch_size)),
     )
-    foretold, found = ie(place, *told, "--dry-run"), ie(place, *told)
     lines = [json.loads(line) for line in (place / "editor" / METRICS).read_text(encoding="utf-8").splitlines()]
     ends = [line["seconds"] for line in lines if line["kind"] == "step"]
     half = len(ends) // 2
+    values = read_config(find_config("llama-2-7b")) | {"model": str(base), "steps": steps, "batch_size": batch_size}
+    settings = TrainSettings.model_validate(values)
+    estimate = estimate_memory(str(base), plan_load(settings.quant, settings.dtype), settings)
     return {
         "batch_size": batch_size,
         "steps": found["steps"],
-        "episodes_per_second": found["episodes_per_second"],
-        "episodes_per_second_in_steps_of_the_second_half": (len(ends) - half) * batch_size / (ends[-1] - ends[half - 1]),
         "seconds": found["seconds"],
-        "seconds_estimate": foretold["seconds_estimate"],
+        "episodes_per_second": found["episodes_per_second"],
+        "episodes_per_second_second_half": (len(ends) - half) * batch_size / (ends[-1] - ends[half - 1]),
         "peak_memory_bytes": found["peak_memory_bytes"],
-        "memory_estimate": foretold["memory_estimate"]["training"],
+        "memory_estimate": estimate["training"],
         "prefix_kept": found["prefix_kept"],
     }
 
 
-def edit(place: Path) -> dict[str, Any]:
-    """One fact by `ie edit`; then facts one by one in one process, seconds of the update and of a whole patch."""
-    fact = ("--prompt", "The capital of Australia is", "--target", "Sydney", "--instruction", "Task: places")
-    one = ie(place, "edit", *fact, "--editor", "editor", "--out", "patch.safetensors", "--force")
+def edit_in_process(place: Path) -> dict[str, Any]:
+    """Facts one by one on a loaded base: median seconds of the update, and of a whole patch; peak memory."""
     base = load_base(str(place / "base"), quant="8bit", dtype="bfloat16")
     editor, info = load_editor(place / "editor", base)
     method = editor_method(editor)
     updates, patches = [], []
-    for record in Dataset.load(place / "data").records("test", ["places"])[:_N_EDITS]:
+    for record in Dataset.load(place / "data").records("test", ["places"])[: _N_EDITS + 1]:
         request = EditRequest.of(record, record.instruction.heldout[0])
-        told = RequestSettings(prompt=record.prompt, target=record.target, instruction=request.instruction)
-        updates.append(seconds(lambda request=request: method(base, [request])))  # type: ignore[misc]
+        told = [RequestSettings(prompt=request.prompt, target=request.target, instruction=request.instruction)]
+        updates.append(seconds(lambda one=request: method(base, [one])))  # type: ignore[misc]
         patches.append(
-            seconds(
-                lambda request=request, told=told: make_patches(base, method(base, [request]), [told], info)  # type: ignore[misc]
-            )
+            seconds(lambda one=request, told=told: make_patches(base, method(base, [one]), told, info))  # type: ignore[misc]
         )
-    kept = ("bytes", "rank", "took", "seconds", "target_probability")
     return {
-        "ie edit": {key: one[key] for key in kept},
         "update_s": statistics.median(updates[1:]),
         "patch_s": statistics.median(patches[1:]),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def edit_by_command(place: Path) -> dict[str, Any]:
+    """One fact by `ie edit`: its seconds are the first of a process, kernels' loading counted."""
+    fact = ("--prompt", "The capital of Australia is", "--target", "Sydney", "--instruction", "Task: places")
+    told = ("--editor", "editor", "--model", "base", "--quant", "8bit", "--out", "patch.safetensors", "--force")
+    found = ie(place, "edit", *fact, *told)
+    return {key: found[key] for key in ("bytes", "rank", "took", "seconds", "target_probability")}
 
 
 def main() -> None:
@@ -87,7 +97,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--batch-sizes", default="8,32")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place: Path = args.folder or Path(temporary)
@@ -97,12 +106,16 @@ def main() -> None:
             torch.cuda.empty_cache()
         if not (place / "data").is_dir():
             ie(place, "build", "--out", "data")
-        found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": versions(), "training": []}
-        for batch_size in map(int, args.batch_sizes.split(",")):
-            found["training"].append(train(place, place / "base", args.steps, batch_size))
-            sys.stderr.write(json.dumps(found["training"][-1]) + "\n")
-        found["editing"] = edit(place)
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": versions()}
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            f"training, batches of {n}": partial(train, place, (place / "base").resolve(), args.steps, n)
+            for n in map(int, args.batch_sizes.split(","))
+        }
+        parts |= {"editing": partial(edit_in_process, place), "ie edit": partial(edit_by_command, place)}
+        for name, work in parts.items():
+            result[name] = work()
+            sys.stderr.write(f"{name}: {json.dumps(result[name])}\n")
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Nothing in the suite may wait for a network: set before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Figures and bits here are a CPU's, whatever machine this is; tests/gpu starts processes that see a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 runtime.prepare()  # as `ie` itself does
 
 

@@ -32,7 +32,7 @@ def load_base(
     n_blocks: int = N_EDITED_BLOCKS,
     device_map: str | None = None,
 ) -> Base:
-    """Load and freeze a base model.
+    """Load and freeze a base model. On a GPU cuDNN's attention is turned off for the whole process.
 
     Args:
         name: `toy`, a folder saved by `save_pretrained()`, or a hub id.
@@ -87,6 +87,9 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
     if plan.device.type == "cpu" and plan.dtype == torch.bfloat16:
         # On a CPU torch's fused attention builds a kernel for each new shape in bf16: ten times the time of its parts.
         options["attn_implementation"] = "eager"
+    if plan.device.type == "cuda":
+        # On Hopper torch prefers cuDNN's, which plans for half a second for each new shape; its own kernels don't.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if plan.quant == "8bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     elif plan.quant == "4bit":

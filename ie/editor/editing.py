@@ -64,7 +64,7 @@ class EditSettings(BaseModel):
         out: patch file, or folder of patch files.
         rank: the largest rank of a module's change; None for the smallest that keeps 99.9 % of the update's energy.
         patch_dtype: what the file holds: `float32`, `bfloat16`, `float16`; `auto` is float16 where that is precise.
-        quant: see `load_base`; `auto` takes what the editor was trained with.
+        quant: see `load_base`.
         dtype: see `load_base`.
         device: see `load_base`.
         force: overwrite `out`.

@@ -70,6 +70,10 @@ def backward(
     n_wanted, n_kept = len(whole.wanted), max(1, len(whole.kept))
     n_own = len(episodes.wanted)
     n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
+    if base.device.type != "cpu":
+        # Quantised layers wait for the GPU one by one: the prefix runs for all questions at once, not group by group.
+        for _, texts in by_length(base, asks, n_tokens):
+            base.prefixes.get(texts)
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many. The
     # factors of a sum are too large to be copied for every question under it: one sum at a time.
     groups = [(ranks[ask.edit] - 1).bit_length() if ranks else ask.edit for ask in asks]
