@@ -23,6 +23,7 @@ from ie.data.tokens import Text
 __all__ = ["Ask", "answers", "by_length", "continuations", "log_likelihoods", "matches", "normalise", "predictions"]
 
 _BATCH_TOKENS = 4096
+_MAX_PADDING = 1024  # tokens of a batch: a run more costs less than they do, on a CPU and on a GPU
 _EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
 _FREE_TOKENS = 16  # where no answer is awaited
 
@@ -144,12 +145,16 @@ def by_length(
     groups = groups or [0] * len(asks)
     order = sorted(range(len(asks)), key=lambda i: (groups[i], len(texts[i].ids)))
     indices: list[int] = []
+    n_own = 0
     for index in order:
-        full = (len(indices) + 1) * len(texts[index].ids) > n_tokens
+        length = len(texts[index].ids)
+        padded = (len(indices) + 1) * length  # the longest so far
+        full = padded > n_tokens or padded - n_own - length > _MAX_PADDING
         if indices and (full or groups[index] != groups[indices[0]]):
             yield indices, [texts[i] for i in indices]
-            indices = []
+            indices, n_own = [], 0
         indices.append(index)
+        n_own += length
     if indices:
         yield indices, [texts[i] for i in indices]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ie.base import Base, asking
-from ie.base.asking import Ask, answers, continuations, log_likelihoods, matches, normalise, predictions
+from ie.base.asking import Ask, answers, by_length, continuations, log_likelihoods, matches, normalise, predictions
 from ie.patch.lowrank import select
 from tests.dense import edited, random_update
 
@@ -109,3 +109,17 @@ def test_continuations_have_the_length_asked_for(load: Callable[..., Base]) -> N
 def test_nothing_asked_nothing_answered(load: Callable[..., Base]) -> None:
     for ask in (answers, predictions, log_likelihoods):
         assert not ask(load("gpt2"), [])
+
+
+@pytest.mark.parametrize("n_tokens", [64, 8192])
+def test_a_long_question_does_not_pad_many_short_ones(load: Callable[..., Base], n_tokens: int) -> None:
+    base = load("gpt2")
+    asks = [Ask("Varn:", "Lissel" * n) for n in (1, 2, 3) * 30 + (12, 25)]
+    batches = list(by_length(base, asks, n_tokens))
+    assert sorted(i for indices, _ in batches for i in indices) == list(range(len(asks)))
+    for indices, texts in batches:
+        lengths = [len(text.ids) for text in texts]
+        assert texts == [base.encode(asks[i].prompt, asks[i].answer) for i in indices]
+        padded = len(lengths) * max(lengths)
+        assert len(texts) == 1 or (padded <= n_tokens and padded - sum(lengths) <= asking._MAX_PADDING)
+    assert n_tokens == 64 or 1 < len(batches) < 6
