@@ -12,9 +12,7 @@ from typing import Any
 __all__ = ["IE", "ie"]
 
 IE = str(Path(sys.executable).with_name("ie"))  # of the environment that runs the benchmark, active or not
-
-
-_DID_NOT_TAKE = 3
+_DID_NOT_TAKE = 3  # exit code
 
 
 def ie(folder: Path, *args: str, threads: int | None = None) -> dict[str, Any]:

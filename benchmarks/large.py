@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="8,32")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
     with tempfile.TemporaryDirectory() as temporary:
         place: Path = args.folder or Path(temporary)
         if not (place / "base").is_dir():

@@ -23,7 +23,7 @@ from ie.data.tokens import Text
 __all__ = ["Ask", "answers", "by_length", "continuations", "log_likelihoods", "matches", "normalise", "predictions"]
 
 _BATCH_TOKENS = 4096
-_MAX_PADDING = 1024  # tokens of a batch: a run more costs less than they do, on a CPU and on a GPU
+_MAX_PADDING = 1024  # tokens of a batch, beyond which a run of its own is cheaper for what is longer
 _EXTRA_TOKENS = 4  # beyond the target's own: room to see whether the model stops where the target does
 _FREE_TOKENS = 16  # where no answer is awaited
 
@@ -132,7 +132,7 @@ def by_length(
     Args:
         base: the base model.
         asks: n questions.
-        n_tokens: at most so many tokens in a batch, padding counted.
+        n_tokens: at most so many tokens in a batch, padding counted; of padding alone at most 1,024.
         groups: n groups; questions of two groups share no batch. None if all may.
 
     Yields:
