@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Figures and bits here are a CPU's, whatever machine this is; tests/gpu starts processes that see a GPU.
+if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    os.environ["IE_TEST_GPUS"] = visible
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 runtime.prepare()  # as `ie` itself does
 

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no GPU"
 def ie(*args: object) -> Any:
     """Run `ie` where it sees the GPU, and return its JSON."""
     env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    if "IE_TEST_GPUS" in env:  # those that the user had chosen
+        env["CUDA_VISIBLE_DEVICES"] = env["IE_TEST_GPUS"]
     command = [sys.executable, "-m", "ie.cli", *map(str, args), "--json", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
