@@ -20,7 +20,22 @@ from ie.base.update import Factors, Update
 from ie.editor import Editor, EditRequest
 from ie.editor.request import collate_requests, plain
 
-__all__ = ["dense_gradients", "dense_joint", "dequantised", "edited", "random_update", "rebased", "state_hash"]
+__all__ = [
+    *("PROMPTS", "dense_gradients", "dense_joint", "dequantised", "edited", "logits_of"),
+    *("random_update", "rebased", "state_hash"),
+]
+
+PROMPTS = ("The lighthouse of Orm was built by", "Varn:", "Who wrote the song?")
+
+
+def logits_of(base: Base, model: nn.Module | None = None) -> Tensor:
+    """(n, t, n_vocab), all prompts in one padded batch; of another model in the base's place, if there is one."""
+    batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
+    with torch.no_grad():
+        logits: Tensor = (model or base.model)(
+            input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
+        ).logits
+    return logits
 
 
 def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ie.base.eightbit import multiply_in_own_dtype
 from ie.base.fingerprint import checkpoint_files, fingerprint_checkpoint
 from ie.base.model import Base
 from ie.base.plan import Plan, plan_load, resolve_folder
@@ -97,6 +98,8 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=plan.dtype
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    if plan.quant == "8bit":
+        multiply_in_own_dtype(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights in place for a CPU kernel that has no gradient.

@@ -31,7 +31,7 @@ PREFIX_BUDGET_BYTES = 2 * 1024**3
 PREFIX_FILE_BUDGET_BYTES = 32 * 1024**3
 REFERENCE_BUDGET_BYTES = 512 * 1024**2
 _MAX_TEXT_TOKENS = 1024
-_FEW_TOKENS = 512
+_FEW_TOKENS, _GPU_FEW_TOKENS = 512, 4096  # a GPU waits longer to be told than to read padding
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class Base:
         for row, text in enumerate(batch.texts):
             doublings.setdefault(len(text.ids).bit_length(), []).append(row)
         groups = [rows for _, rows in sorted(doublings.items())]
-        if len(groups) == 1 or batch.ids.numel() <= _FEW_TOKENS:
+        few = _FEW_TOKENS if self.device.type == "cpu" else _GPU_FEW_TOKENS
+        if len(groups) == 1 or batch.ids.numel() <= few:
             return self._signals(batch, update, like)
         parts = [
             self._signals(

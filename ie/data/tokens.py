@@ -47,6 +47,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._texts: dict[tuple[str, str, str | None, int | None], Text] = {}
+        self._known: dict[str, list[int]] = {}
 
     def __call__(
         self, prompt: str, answer: str = "", instruction: str | None = None, ending: int | None = None
@@ -80,11 +81,10 @@ class TextEncoder:
         return Text(tuple(ids[dropped:]), max(0, n_instruction - dropped), n_prompt - dropped)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"]) if text else self._bare()
-
-    def _bare(self) -> list[int]:
-        # What the tokenizer puts before every text (a beginning-of-text token, or nothing).
-        return list(self._tokenizer("")["input_ids"])
+        # Prompts and instructions come in many texts; "" stands for what the tokenizer puts before every text.
+        if text not in self._known:
+            self._known[text] = list(self._tokenizer(text)["input_ids"])
+        return self._known[text]
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

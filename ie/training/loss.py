@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ie.base.asking import by_length
+from ie.base.asking import Ask, by_length
 from ie.base.likelihood import nll, slices
 from ie.base.model import Base
 from ie.base.update import stacked
@@ -54,6 +54,13 @@ def backward(
     Where `episodes` are a share of a batch, `whole` is the batch: shares' losses and gradients then add up to its own.
     """
     asks = [*episodes.wanted, *episodes.kept]
+    n_tokens = _CHUNK_TOKENS
+    if base.device.type != "cpu":
+        n_tokens = _GPU_CHUNK_TOKENS
+        # A GPU is told of the prefix's many blocks slower than it runs them: once for all that a step will read.
+        requests = [Ask(one.prompt, one.target, None, i, ended=True) for i, one in enumerate(episodes.requests)]
+        for _, texts in by_length(base, list(dict.fromkeys([*asks, *requests])), n_tokens):
+            base.prefixes.get(texts)
     ranks: list[int] | None = None  # of each edit's update; None where questions are asked under sums
     if editor.settings.method == JOINT:
         update = propose_jointly(base, editor, [episodes.requests], editor.regularisations())
@@ -69,11 +76,6 @@ def backward(
     whole = whole or episodes
     n_wanted, n_kept = len(whole.wanted), max(1, len(whole.kept))
     n_own = len(episodes.wanted)
-    n_tokens = _CHUNK_TOKENS if base.device.type == "cpu" else _GPU_CHUNK_TOKENS
-    if base.device.type != "cpu":
-        # Quantised layers wait for the GPU one by one: the prefix runs for all questions at once, not group by group.
-        for _, texts in by_length(base, asks, n_tokens):
-            base.prefixes.get(texts)
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many. The
     # factors of a sum are too large to be copied for every question under it: one sum at a time.
     groups = [(ranks[ask.edit] - 1).bit_length() if ranks else ask.edit for ask in asks]

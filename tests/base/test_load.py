@@ -82,7 +82,7 @@ def test_quantised_logits_are_near(load: Callable[..., Base]) -> None:
     exact = load("llama")
     batch = exact.collate([exact.encode(PROMPT, ANSWER)])
     expected = exact.logits(batch)
-    # Weights rounded to 127 steps (with activations), or to 16 levels, in random blocks without slack.
+    # Weights rounded to 127 steps, or to 16 levels, in random blocks without slack.
     for quant, limit in (("8bit", 0.1), ("4bit", 0.6)):
         found = load("llama", quant).logits(batch)
         assert 0 < (found - expected).norm() / expected.norm() < limit

@@ -6,25 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from ie.base import Base
 from ie.base.update import Update, adding, bounded, stacked
 from ie.patch.lowrank import select, stack
-from tests.dense import edited, random_update, state_hash
+from tests.dense import PROMPTS, edited, logits_of, random_update, state_hash
 from tests.models import ARCHITECTURES
-
-PROMPTS = ("The lighthouse of Orm was built by", "Varn:", "Who wrote the song?")
-
-
-def logits_of(base: Base, model: nn.Module | None = None) -> Tensor:
-    """(n, t, n_vocab), all prompts in one padded batch."""
-    batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
-    with torch.no_grad():
-        logits: Tensor = (model or base.model)(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-        ).logits
-    return logits
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ie.base import Base, load_base
@@ -23,21 +23,15 @@ from ie.patch.apply import apply_patch
 from ie.patch.info import PatchBase, PatchInfo
 from ie.patch.merge import merge_checkpoint
 from ie.patch.peft import export_peft
-from tests.dense import random_update
+from tests.dense import logits_of, random_update
 from tests.models import ARCHITECTURES
 
 PROMPT = "The lighthouse of Orm was built by"
 
 
-def logits_of(base: Base, model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=torch.tensor([base.encode(PROMPT).ids])).logits
-    return logits
-
-
 def applied_logits(base: Base, update: Update) -> Tensor:
     with adding(base.model, update):
-        return logits_of(base, base.model)
+        return logits_of(base)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,7 +48,7 @@ def test_a_merged_checkpoint_is_the_applied_model(
     merge_checkpoint(source, update, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = applied_logits(base, update)
-    assert (logits_of(base, base.model) - expected).abs().max() > 0.05
+    assert (logits_of(base) - expected).abs().max() > 0.05
     # Float32: W + ΔW is rounded once, (x Aᵀ) B another way.
     torch.testing.assert_close(logits_of(base, model), expected, atol=1e-5, rtol=1e-5)
     assert files(source) == before
@@ -73,7 +67,7 @@ def test_keys_without_the_outer_prefix(
     assert "h.1.mlp.c_fc.weight" in bare
     save_file(bare, source / "model.safetensors", {"format": "pt"})
     base = load_base(str(source))
-    torch.testing.assert_close(logits_of(base, base.model), logits_of(base, load("gpt2").model), atol=0, rtol=0)
+    torch.testing.assert_close(logits_of(base), logits_of(base, load("gpt2").model), atol=0, rtol=0)
     update = random_update(base)
     merge_checkpoint(source, update, tmp_path / "merged")
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(bare)
@@ -166,7 +160,7 @@ def test_peft_on_an_eight_bit_base_computes_what_is_applied(
     own = load_base(str(checkpoint(name)), quant="8bit", dtype="float32", device="cpu")  # PEFT wraps modules in place
     model = PeftModel.from_pretrained(own.model, tmp_path / "adapter").eval()
     expected = applied_logits(base, update)
-    assert (logits_of(base, base.model) - expected).abs().max() > 0.05
+    assert (logits_of(base) - expected).abs().max() > 0.05
     torch.testing.assert_close(logits_of(base, model), expected, atol=1e-5, rtol=1e-5)  # float32 beside 8-bit products
 
 

@@ -19,8 +19,8 @@ from ie.patch.apply import apply_patch
 from ie.patch.live import combined
 from ie.patch.peft import export_peft, import_peft, read_patch
 from ie.servers import SERVERS, check_server
-from tests.dense import random_update
-from tests.patch.test_patch import logits_of, make
+from tests.dense import logits_of, random_update
+from tests.patch.test_patch import make
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8},
@@ -47,9 +47,7 @@ def test_an_adapter_that_peft_trained_is_the_same_as_a_patch(
         nn.init.normal_(parameter, std=0.1, generator=generator)
     model.save_pretrained(tmp_path / "adapter")
     model.eval()
-    batch = base.collate([base.encode("The lighthouse of Orm was built by"), base.encode("Varn:")])
-    with torch.no_grad():
-        expected = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+    expected = logits_of(base, model)
     patch = read_patch(tmp_path / "adapter")
     with applied(base, patch):
         found = logits_of(base)

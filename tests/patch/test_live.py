@@ -27,11 +27,11 @@ def test_a_patch_for_some_rows(load: Callable[..., Base], name: str, quant: str)
     plain = logits_of(base)
     with applied(base, patch):
         edited = logits_of(base)
-    with applied(base, patch, rows=[True, False]):
+    with applied(base, patch, rows=[True, False, False]):
         first = logits_of(base)
     # Rows are products of their own in a batch: another order of the same float32 sums.
     torch.testing.assert_close(first[0], edited[0], atol=1e-5, rtol=1e-5)
-    assert torch.equal(first[1], plain[1])
+    assert torch.equal(first[1:], plain[1:])
     assert not torch.equal(first[0], plain[0])
     assert torch.equal(logits_of(base), plain) and state_hash(base.model) == state
 
@@ -39,14 +39,15 @@ def test_a_patch_for_some_rows(load: Callable[..., Base], name: str, quant: str)
 def test_each_row_under_its_own_patch(load: Callable[..., Base]) -> None:
     base = load("llama")
     one, two = make(base, seed=1), make(base, seed=2)
-    found = []
+    plain, found = logits_of(base), []
     for patch in (one, two):
         with applied(base, patch):
             found.append(logits_of(base))
-    with applied(base, one, rows=[True, False]), applied(base, two, rows=[False, True]):
+    with applied(base, one, rows=[True, False, False]), applied(base, two, rows=[False, True, False]):
         both = logits_of(base)
     torch.testing.assert_close(both[0], found[0][0], atol=1e-5, rtol=1e-5)  # as above
     torch.testing.assert_close(both[1], found[1][1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(both[2], plain[2])
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])
@@ -72,7 +73,7 @@ def test_rows_under_generate(load: Callable[..., Base], n_beams: int) -> None:
 def test_rows_that_do_not_fit_the_batch(load: Callable[..., Base]) -> None:
     base = load("llama")
     before = logits_of(base)
-    with pytest.raises(PatchError, match="a batch of 2 rows, expected 3"), applied(base, make(base), rows=[True] * 3):
+    with pytest.raises(PatchError, match="a batch of 3 rows, expected 2"), applied(base, make(base), rows=[True] * 2):
         logits_of(base)
     with pytest.raises(PatchError, match="found none"), applied(base, make(base), rows=[]):
         pass

@@ -23,11 +23,9 @@ from ie.errors import BaseMismatchError, InputError, PatchError
 from ie.patch import Patch, PatchInfo, applied
 from ie.patch.info import Kept, PatchBase
 from ie.patch.live import check_base, combined
-from tests.dense import edited, random_update, state_hash
+from tests.dense import PROMPTS, edited, logits_of, random_update, state_hash
 from tests.disk import limitable_disk
 from tests.models import ARCHITECTURES
-
-PROMPTS = ("The lighthouse of Orm was built by", "Varn:")
 
 
 def make(base: Base, seed: int = 0, rank: int = 3, scale: float = 1.0, size: float = 0.1) -> Patch:
@@ -46,13 +44,6 @@ def make(base: Base, seed: int = 0, rank: int = 3, scale: float = 1.0, size: flo
     )
     update = random_update(base, seed=seed, rank=rank, size=size)
     return Patch(info, {name: (a[0], b[0]) for name, (a, b) in update.items()})
-
-
-def logits_of(base: Base) -> Tensor:
-    batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
-    with torch.no_grad():
-        logits: Tensor = base.model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-    return logits
 
 
 class TestFile:
@@ -218,11 +209,7 @@ class TestApplied:
         patch = make(base)
         with applied(base, patch):
             found = logits_of(base)
-        with torch.no_grad():
-            batch = base.collate([base.encode(prompt) for prompt in PROMPTS])
-            expected = edited(base, patch.update())(
-                input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
-            ).logits
+        expected = logits_of(base, edited(base, patch.update()))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # float32, another order of products
 
     @pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])
