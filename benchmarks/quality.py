@@ -4,8 +4,8 @@ DATA is a folder of the published files below. For each seed one InstructEdit ed
 judged task and one for two tasks that contradict each other are trained, with zsre held out: the editors of all five
 tasks for the time that five specialists have together. Then all of them and the training-free methods are measured on
 the same test records under instructions in held-out wordings, plain queries, with the controls beside
-(`controls-SEED.md`, `conflicting-SEED.md`). What was trained is kept in --out and not trained again. Ends with 1 where a figure is below
-what it is meant to reach.
+(`controls-SEED.md`, `conflicting-SEED.md`). What was trained is kept in --out and not trained again. Ends with 1 where
+a figure is below what it is meant to reach.
 """
 
 from __future__ import annotations
