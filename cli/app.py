@@ -53,7 +53,7 @@ class _Application(LightGroup):
 
 
 def _one_line(message: str) -> str:
-    text = " ".join(message.split()).rstrip(".")
+    text = " ".join(message.split()).rstrip(".").replace(": Value error, ", ": ")  # typer reads values by pydantic
     return text[:1].lower() + text[1:]
 
 

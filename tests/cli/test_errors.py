@@ -18,7 +18,10 @@ from ie.errors import BaseMismatchError, DataError, EditFailedError, IEError
         (["train", "--stepz", "3"], "--stepz"),
         (["train", "--steps", "0"], "--steps"),
         (["train", "--method", "rome"], "rome"),
-        (["train", "--quant", "3bit"], "3bit"),
+        (
+            ["train", "--quant", "3bit"],
+            "invalid value for '--quant': '3bit' is not one of 'auto', '8bit', '4bit', 'none'",
+        ),
         (["train", "--model", "./nowhere"], "./nowhere"),
         (["train", "--data", "nowhere"], "no dataset at nowhere"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
