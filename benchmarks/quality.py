@@ -54,7 +54,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 EDITORS = {**COMPARED, "scopes": ("--data", "scopes")}
 OF_ALL_TASKS = ("instructedit", "mend")
-N_TASKS = 5
+N_TASKS = 5  # that they are trained on
 # One thread each wastes least of a small base; a GPU is for one at a time.
 THREADS, N_AT_ONCE = (None, 1) if torch.cuda.is_available() else (1, os.cpu_count())
 

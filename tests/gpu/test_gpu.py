@@ -71,12 +71,12 @@ def test_every_command(quant: str, dataset: Path, tmp_path: Path) -> None:
     assert shown["previews"][0]["after"] == made["after"]
     ie("apply-patch", patch, "--device", "cpu", "--quant", "none", "--merge", tmp_path / "merged")
 
-    told = ("eval", "--editor", editor, "--data", dataset, "--tasks", "places", "--limit", 5, "--quant", quant)
-    report = ie(*told, "--controls")
+    report = ie("eval", "--editor", editor, "--data", dataset, "--limit", 5, "--controls", "--quant", quant)
     assert {row["method"] for row in report["rows"]} == {"none", "instructedit"}
 
 
-def test_training_free_methods(dataset: Path) -> None:
-    told = ("eval", "--data", dataset, "--tasks", "places", "--limit", 5)
+@pytest.mark.parametrize("quant", ["8bit", "4bit", "none"])
+def test_training_free_methods(quant: str, dataset: Path) -> None:
+    told = ("eval", "--data", dataset, "--limit", 5, "--quant", quant)
     report = ie(*told, "--methods", "none,finetune,gradient,ultra")
     assert {row["method"] for row in report["rows"]} == {"none", "finetune", "gradient", "ultra"}
