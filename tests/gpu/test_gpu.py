@@ -79,4 +79,4 @@ def test_every_command(quant: str, dataset: Path, tmp_path: Path) -> None:
 def test_training_free_methods(quant: str, dataset: Path) -> None:
     told = ("eval", "--data", dataset, "--limit", 5, "--quant", quant)
     report = ie(*told, "--methods", "none,finetune,gradient,ultra")
-    assert {row["method"] for row in report["rows"]} == {"none", "finetune", "gradient", "ultra"}
+    assert {row["method"] for row in report["rows"]} >= {"none", "finetune", "gradient", "ultra"}
