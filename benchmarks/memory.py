@@ -26,8 +26,9 @@ _N_BATCHES = 4
 
 def train_ours(folder: Path, data: Path) -> None:
     """Steps of a default editor."""
-    run = Training(load_base(str(folder), quant="none"))
-    for episodes in draw_episodes(data, _N_BATCHES):
+    batches = draw_episodes(data, _N_BATCHES)
+    run = Training(load_base(str(folder), quant="none"), batches)
+    for episodes in batches:
         run.step(episodes)
 
 

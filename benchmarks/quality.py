@@ -41,7 +41,7 @@ SCOPES = tuple(f"{task}=counterfact/counterfact-{part}.json" for task in CONFLIC
 # Chosen for published facts, where an edit spreads to the same relation of other subjects first (docs/experiments.md).
 SETTINGS = {
     "balance": False, "related_negatives": True, "n_negatives": 1, "locality_weight": 1.5, "batch_size": 8,
-    "rank": 512, "learning_rate": 2e-3, "rate": 1.5e-3, "rate_learning_rate": 3e-2,
+    "rank": 256, "learning_rate": 2e-3, "rate": 1.5e-3, "rate_learning_rate": 3e-2,
     "n_validation": 0,  # the last editor is kept: what validation picks is chance (docs/experiments.md)
 }  # fmt: skip
 CONFIG = "training.yaml"

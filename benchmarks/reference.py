@@ -51,11 +51,11 @@ class Reference:
     def update(self, request: EditRequest, finer: int = 1) -> Dense:
         """ΔW of one edit, part of the editor's graph; `finer` as in `ie.editor.passes.propose`."""
         plain = Ask(request.prompt, request.target, None)
-        told, seen = self._read(request.instruction), self._signals(plain, {})
-        factors = self.editor.update(seen, told)
+        kinds, seen = self._kinds(request.instruction), self._signals(plain, {})
+        factors = self.editor.update(seen, kinds)
         for _ in range(finer * self.editor.settings.passes - 1):
             so_far = {name: change.detach() / finer for name, change in self._dense(factors).items()}
-            step = self.editor.update(self._signals(plain, so_far, seen), told)
+            step = self.editor.update(self._signals(plain, so_far, seen), kinds)
             factors = {name: (a, b + step[name][1]) for name, (a, b) in factors.items()}
         return {name: change / finer for name, change in self._dense(factors).items()}
 
@@ -63,9 +63,10 @@ class Reference:
         dense = {name: torch.einsum("ri,ro->io", a[0], b[0]) for name, (a, b) in factors.items()}
         return {n: d if is_transposed(self.model.get_submodule(n)) else d.T for n, d in dense.items()}
 
-    def _read(self, instruction: str | None) -> Readings | None:
-        if not self.editor.settings.reads_instructions:
-            return None
+    def _kinds(self, instruction: str | None) -> Tensor | None:
+        return None if self.editor.kinds is None else self.editor.kinds(self._read(instruction))
+
+    def _read(self, instruction: str | None) -> Readings:
         if instruction is None:
             nothing = torch.zeros(1, read_target(self.editor.targets).d_in, device=self.device)
             return Readings(nothing, torch.tensor([False], device=self.device))
@@ -122,7 +123,9 @@ class Reference:
     def gradients(self, episodes: Episodes, index: int, locality_weight: float) -> tuple[Tensor, ...]:
         """The editor's gradient from one episode."""
         edit, locality = self.loss(episodes, index)
-        return torch.autograd.grad(edit + locality_weight * locality, list(self.editor.parameters()))
+        return torch.autograd.grad(
+            edit + locality_weight * locality, list(self.editor.parameters()), materialize_grads=True
+        )  # kinds that this episode isn't of have none
 
     def edit(self, request: EditRequest) -> nn.Module:
         """A copy of the model, edited as an editor in use edits."""

@@ -48,7 +48,7 @@ _METRICS = ("reliability", "generalization", "locality")
 def check_equal(folder: Path, data: Path) -> Row:
     """(a) beforehand: in fp32 our update and loss are the reference's, to 1e-4."""
     base, episodes = _load(folder, "float32"), draw_episodes(data, 1)[0]
-    training = Training(base)
+    training = Training(base, [episodes])
     reference = Reference(folder, training.editor)
     with torch.no_grad():
         _, update = propose(base, training.editor, episodes.requests)
@@ -73,7 +73,7 @@ def training(folder: Path, data: Path) -> Row:
     first = draw_episodes(data, _N_BATCHES + 1)
     again = regroup(first)
     base = _load(folder)
-    ours, reference = Training(base), Reference(folder, moved_editor(base))
+    ours, reference = Training(base, first), Reference(folder, moved_editor(base, first))
     ours.step(first.pop(0))  # warm-up
     again.pop(0)
     weight = SETTINGS.locality_weight
@@ -99,9 +99,10 @@ def training(folder: Path, data: Path) -> Row:
 def single_edit(folder: Path, data: Path) -> Row:
     """(b) Seconds from a request that was never seen to an edited model."""
     base = _load(folder)
-    editor = moved_editor(base)
+    episodes = draw_episodes(data, 1)
+    editor = moved_editor(base, episodes)
     reference, method = Reference(folder, editor), editor_method(editor)
-    requests = [request for batch in draw_episodes(data, 1) for request in batch.requests][: _N_EDITS + 1]
+    requests = [request for batch in episodes for request in batch.requests][: _N_EDITS + 1]
     method(base, [requests[-1]])
     ours, plain = alternating(
         [lambda r=r: method(base, [r]) for r in requests[:_N_EDITS]],  # type: ignore[misc]
@@ -113,7 +114,7 @@ def single_edit(folder: Path, data: Path) -> Row:
 def evaluation(folder: Path, data: Path) -> Row:
     """(c) Seconds per edit: made, then edit prompt, rephrase and locality asked before and after."""
     base = _load(folder)
-    editor = moved_editor(base)
+    editor = moved_editor(base, draw_episodes(data, 4))
     reference, method = Reference(folder, editor), editor_method(editor)
     usable = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality and not is_opinion(r)]
     records = [
@@ -168,7 +169,7 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
     batches = draw_episodes(data, 4)
     runs = []
     for n_blocks in (12, 24, 48):
-        run = Training(_load(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}")))
+        run = Training(_load(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}")), batches)
         for batch in batches:
             run.step(batch)
         runs.append(run)
@@ -183,8 +184,8 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
 
 def matmul_share(place: Path, tokenizer: Path, data: Path) -> Row:
     """(f) Floating-point operations of training's matrix products per second, over the machine's best such rate."""
-    run = Training(_load(save(llama(), tokenizer, place / "llama")))
     batches = draw_episodes(data, 4)
+    run = Training(_load(save(llama(), tokenizer, place / "llama")), batches)
     for batch in batches:
         run.step(batch)
     times = [seconds(lambda e=e: run.step(e)) for e in regroup(batches)]  # type: ignore[misc]

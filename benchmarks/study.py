@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "4 passes": {"passes": 4},
     "rank 32": {"rank": 32},
     "rank 128": {"rank": 128},
+    "no instruction dropout": {"instruction_dropout": 0.0},
     "no layer": {"n_layers": 0},
     "1 layer": {"n_layers": 1},
     "4 layers": {"n_layers": 4},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from ie.training.stream import RecordStream
 __all__ = ["Training", "draw_episodes", "moved_editor", "regroup"]
 
 SETTINGS = TrainSettings()
-_INSTRUCTIONS = ("Task: places\nDescription: Move a town.", "Change who somebody works for.", "Correct the date.")
 
 
 def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
@@ -35,7 +35,7 @@ def draw_episodes(data: Path, n_batches: int, seed: int = 0) -> list[Episodes]:
             [next(stream) for _ in range(SETTINGS.batch_size)],
             rng,
             relations=Relations(records) if SETTINGS.related_negatives else None,
-            instructed=True,
+            told_share=1 - SETTINGS.instruction_dropout,
             plain_share=SETTINGS.plain_share,
             n_negatives=SETTINGS.n_negatives,
         )
@@ -59,13 +59,19 @@ def regroup(batches: Sequence[Episodes], seed: int = 1) -> list[Episodes]:
     return out
 
 
-def moved_editor(base: Base) -> Editor:
-    """A default editor off its start, where half of its network would be zero."""
+def moved_editor(base: Base, episodes: Sequence[Episodes]) -> Editor:
+    """A default editor off its start, where half of its network would be zero, that knows the episodes' kinds of edits:
+    those whose instructions begin with the same line.
+    """
     torch.manual_seed(0)
-    editor = Editor(base.targets, EditorSettings.model_validate(SETTINGS, from_attributes=True)).to(base.device)
-    if editor.steering is not None:  # unfitted no instruction would say anything
-        editor.steering.observe(base.read(_INSTRUCTIONS).inputs)
-        editor.steering.fit()
+    told = {one.instruction for batch in episodes for one in batch.requests if one.instruction is not None}
+    kinds = [list(group) for _, group in groupby(sorted(told), key=lambda text: text.splitlines()[0])]
+    settings = EditorSettings.model_validate(SETTINGS, from_attributes=True).for_tasks(len(kinds))
+    editor = Editor(base.targets, settings).to(base.device)
+    if editor.kinds is not None:
+        for kind, instructions in enumerate(kinds):
+            editor.kinds.observe(base.read(instructions), kind)
+        editor.kinds.fit()
     with torch.no_grad():
         for parameter in editor.networks.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -75,14 +81,14 @@ def moved_editor(base: Base) -> Editor:
 class Training:
     """Training steps of a default editor."""
 
-    def __init__(self, base: Base) -> None:
-        self.base, self.editor = base, moved_editor(base)
+    def __init__(self, base: Base, episodes: Sequence[Episodes]) -> None:
+        self.base, self.editor = base, moved_editor(base, episodes)
         self.optimiser = torch.optim.Adam(self.editor.parameters(), lr=1e-6)
 
     def step(self, episodes: Episodes) -> Loss:
         """Gradient, clipping, optimiser."""
         self.optimiser.zero_grad(set_to_none=True)
         loss = backward(self.base, self.editor, episodes, SETTINGS.locality_weight)
-        torch.nn.utils.clip_grad_norm_(self.editor.parameters(), 1.0)
+        self.editor.clip_gradients(1.0)
         self.optimiser.step()
         return loss

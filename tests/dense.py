@@ -22,7 +22,7 @@ from ie.editor.request import collate_requests, plain
 
 __all__ = [
     *("PROMPTS", "dense_gradients", "dense_joint", "dequantised", "edited", "logits_of"),
-    *("random_update", "rebased", "state_hash"),
+    *("random_update", "rebased", "state_hash", "tell_apart"),
 ]
 
 PROMPTS = ("The lighthouse of Orm was built by", "Varn:", "Who wrote the song?")
@@ -36,6 +36,13 @@ def logits_of(base: Base, model: nn.Module | None = None) -> Tensor:
             input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False
         ).logits
     return logits
+
+
+def tell_apart(base: Base, editor: Editor, *instructions: str) -> None:
+    """Let an editor know each of its kinds, if it has any, by one instruction."""
+    for kind, instruction in enumerate(instructions):
+        if editor.kinds is not None:
+            editor.kinds.observe(base.read([instruction]), kind)
 
 
 def dense_gradients(base: Base, asks: Sequence[tuple[str, str, str | None]]) -> list[dict[str, Tensor]]:
@@ -86,8 +93,8 @@ def dense_joint(
         inputs, values = ({target.name: list[Tensor]() for target in base.targets} for _ in range(2))
         for index, request in enumerate(requests):
             signals = under.signals(collate_requests(base, plain([request])))
-            told = base.read([request.instruction]) if editor.settings.reads_instructions else None
-            update = editor.update(signals, told)
+            kinds = None if editor.kinds is None else editor.kinds(base.read([request.instruction]))
+            update = editor.update(signals, kinds)
             stds = {name: editor.delta_normalisers[name.replace(".", "/")].std for name in update}
             deltas = [signals.modules[name].delta / stds[name] for name in update]  # type: ignore[operator]
             size = torch.cat([delta.flatten() for delta in deltas]).square().mean().sqrt()

@@ -3,8 +3,9 @@
 For each edit target m and token t: normalise u and δ, map them by the hypernetwork of m's shape to ũ and δ̃, and sum
 over the edit's tokens:  ΔW_m = -Σ_t rate_mt δ̃_t (ũ_t / σ_m)ᵀ = BᵀA  with A = ũ / σ_m and B = -rate_mt δ̃  (MEND, eq. 5;
 the sign stands here and nowhere else), σ_m being the deviations that u was divided by. Keys A may be whitened further
-(`ie.editor.directions`). A prompt's last token has a rate of its own: what stands there is more of the relation than of
-the subject. Unfitted and untrained, with rates of 1, the update is the loss's gradient.
+(`ie.editor.whitener`). A prompt's last token has a rate of its own: what stands there is more of the relation than of
+the subject. What kind of edit it is, as far as its instruction tells (`ie.editor.kinds`), opens parts of the network
+of its own and moves the rates. Unfitted and untrained, with rates of 1, the update is the loss's gradient.
 
 Of an edit in several passes (`ie.editor.passes`) each goes equally far: deltas are scaled to a mean square of 1 over
 all tokens and modules of an edit, since they vanish as the target becomes likely.
@@ -20,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 from torch import Tensor, nn
 
 from ie.base.capture import Signals
-from ie.base.instructions import Readings
 from ie.base.targets import EditTarget, read_target
 from ie.base.update import Factors
-from ie.editor.directions import Steering, Whitener
-from ie.editor.network import Hypernetwork
+from ie.editor.kinds import Kinds
+from ie.editor.network import Hypernetwork, routes
 from ie.editor.normaliser import Normaliser
+from ie.editor.whitener import Whitener
 
 __all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 
@@ -41,12 +42,13 @@ class EditorSettings(BaseModel):
     Attributes:
         method: `instructedit` reads the instruction, `mend` doesn't; `instructedit-joint` is `instructedit` trained for
             edits that become one update by least squares, and knows how far to regularise them.
-        rank: rank of the hypernetwork's layers.
+        rank: rank of the hypernetwork's layers; what a kind has of its own there has half of it.
         n_layers: number of its layers.
+        n_kinds: number of kinds of edits that instructions tell apart; 0 for an editor that makes no difference.
         rate: the learned rates' start, of all passes together.
         opening_share: the start of the rate of a prompt's last token, as a share of that.
         passes: how many gradients an edit is made of in training, see `ie.editor.passes`.
-        n_whitened: principal directions of a module's inputs that keys are whitened along, see `ie.editor.directions`.
+        n_whitened: principal directions of a module's inputs that keys are whitened along, see `ie.editor.whitener`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,15 +56,15 @@ class EditorSettings(BaseModel):
     method: Method = "instructedit"
     rank: PositiveInt = 128
     n_layers: int = 2
+    n_kinds: NonNegativeInt = 0
     rate: PositiveFloat = 1e-3
     opening_share: PositiveFloat = 1.0
     passes: PositiveInt = 1
     n_whitened: NonNegativeInt = 0
 
-    @property
-    def reads_instructions(self) -> bool:
-        """Whether requests come to the editor with their instruction."""
-        return self.method != "mend"
+    def for_tasks(self, n_tasks: int) -> EditorSettings:
+        """The same, with a kind for each task if instructions are read and there is more than one to tell apart."""
+        return self.model_copy(update={"n_kinds": n_tasks if n_tasks > 1 and self.method != "mend" else 0})
 
 
 class Editor(nn.Module):
@@ -81,17 +83,19 @@ class Editor(nn.Module):
         whitened = targets if settings.n_whitened else ()
         self.whiteners = nn.ModuleDict({_key(t.name): Whitener(t.d_in, settings.n_whitened) for t in whitened})
         self.delta_normalisers = nn.ModuleDict({_key(t.name): Normaliser(t.d_out) for t in targets})
-        d_told = read_target(targets).d_in if settings.reads_instructions else 0
-        self.steering = Steering(d_told) if d_told else None
+        self.kinds = Kinds(read_target(targets).d_in, settings.n_kinds) if settings.n_kinds else None
         rates = torch.tensor([1.0, settings.opening_share]) * settings.rate / settings.passes
-        self.log_rates = nn.ParameterDict({_key(t.name): nn.Parameter(rates.log()) for t in targets})
+        logarithms = torch.cat((rates.log()[None], torch.zeros(settings.n_kinds, 2)))
+        self.log_rates = nn.ParameterDict({_key(t.name): nn.Parameter(logarithms.clone()) for t in targets})
         start = torch.tensor(_REGULARISATION).log()
         self.log_regularisations = nn.ParameterDict(
             {_key(t.name): nn.Parameter(start.clone()) for t in targets if settings.method == JOINT}
         )
         self.networks = nn.ModuleDict(
             {
-                f"{d_in}x{d_out}": Hypernetwork(d_in + d_out, len(group), settings.rank, settings.n_layers, d_told)
+                f"{d_in}x{d_out}": Hypernetwork(
+                    d_in + d_out, len(group), settings.rank, settings.n_layers, settings.n_kinds
+                )
                 for (d_in, d_out), group in self._groups().items()
             }
         )
@@ -102,9 +106,19 @@ class Editor(nn.Module):
             groups.setdefault((target.d_in, target.d_out), []).append(target)
         return groups
 
-    def rates(self, target: EditTarget) -> Tensor:
-        """The learned rates of one edit target, (2,) float32, positive: of any token, and of a prompt's last."""
-        return torch.exp(self.log_rates[_key(target.name)])
+    def rates(self, target: EditTarget, kinds: Tensor | None = None) -> Tensor:
+        """The learned rates of one edit target, positive: of any token, and of a prompt's last.
+
+        Args:
+            target: the edit target.
+            kinds: (n_edits, n_kinds) float32, the weights of each edit's kinds; None for edits of no kind.
+
+        Returns:
+            (n_edits, 2) float32; (1, 2) without kinds.
+        """
+        common, of_kinds = self.log_rates[_key(target.name)].split((1, self.settings.n_kinds))
+        logarithms: Tensor = common if kinds is None else common + (kinds[:, :, None] * of_kinds).sum(1)
+        return logarithms.exp()
 
     def regularisations(self) -> dict[str, Tensor | float]:
         """λ of a joint update for each module path, see `ie.editor.least_squares`: learned, or 0.1 throughout."""
@@ -112,44 +126,42 @@ class Editor(nn.Module):
         return {t.name: learned[_key(t.name)].exp() if learned else _REGULARISATION for t in self.targets}
 
     @torch.no_grad()
-    def observe(self, signals: Signals, told: Readings | None = None) -> None:
-        """Take signals, and what is read of instructions, into the normalisers' statistics; `fit` then sets them."""
+    def observe(self, signals: Signals) -> None:
+        """Take signals into the statistics that `fit` then sets; `Kinds.observe` takes instructions."""
         for target in self.targets:
             seen = signals.modules[target.name]
             self.u_normalisers[_key(target.name)].observe(seen.u)  # type: ignore[operator]
             self.delta_normalisers[_key(target.name)].observe(seen.delta)  # type: ignore[operator]
             if self.whiteners:
                 self.whiteners[_key(target.name)].observe(seen.u)  # type: ignore[operator]
-        if self.steering is not None and told is not None:
-            self.steering.observe(told.inputs[told.given])
 
     def observed(self) -> list[Tensor]:
         """What `observe` has gathered, float64: sums, so what several processes gathered adds up."""
         sums = [part for one in self._normalisers() for part in (one.count, one.total, one.squares)]
         sums += [one.moment for one in self.whiteners.values()]  # type: ignore[misc]
-        return sums + ([self.steering.count, self.steering.total, self.steering.moment] if self.steering else [])  # type: ignore[list-item]
+        return sums + ([self.kinds.count, self.kinds.total, self.kinds.moment] if self.kinds else [])  # type: ignore[list-item]
 
     def fit(self) -> None:
-        """Set normalisers and directions to what was observed."""
+        """Set normalisers, whiteners and kinds to what was observed."""
         for normaliser in self._normalisers():
             normaliser.fit()
         for key, whitener in self.whiteners.items():
             whitener.fit(self.u_normalisers[key].std)  # type: ignore[operator]
-        if self.steering is not None:
-            self.steering.fit()
+        if self.kinds is not None:
+            self.kinds.fit()
 
     def _normalisers(self) -> Iterator[Normaliser]:
         for group in (self.u_normalisers, self.delta_normalisers):
             yield from group.values()  # type: ignore[misc]
 
     def update(
-        self, signals: Signals, told: Readings | None = None, keys: Mapping[str, Tensor] | None = None
+        self, signals: Signals, kinds: Tensor | None = None, keys: Mapping[str, Tensor] | None = None
     ) -> dict[str, Factors]:
         """The updates of a batch of edits, in one pass.
 
         Args:
             signals: of n edits, by module.
-            told: what is read of their instructions; None for an editor that reads none.
+            kinds: (n, n_kinds) float32, the weights of each edit's kinds; None for edits of no kind.
             keys: A of an earlier pass, to be kept; None makes it.
 
         Returns:
@@ -158,7 +170,6 @@ class Editor(nn.Module):
         """
         update: dict[str, Factors] = {}
         normal = self._normal(signals)
-        steering = None if told is None or self.steering is None else self.steering(told.inputs) * told.given[:, None]
         for (d_in, d_out), group in self._groups().items():
             sizes = [len(normal[target.name]) for target in group]
             index = torch.arange(len(group), device=normal[group[0].name].device)
@@ -166,14 +177,26 @@ class Editor(nn.Module):
             edit = torch.cat([signals.modules[target.name].edit for target in group])
             network = self.networks[f"{d_in}x{d_out}"]
             joined = torch.cat([normal[target.name] for target in group])
-            pseudo = network(joined, module, steering, edit).split(sizes)
+            pseudo = network(joined, module, routes(kinds, edit)).split(sizes)
             for target, part in zip(group, pseudo, strict=True):
                 seen = signals.modules[target.name]
                 u, delta = part.split((d_in, d_out), -1)
-                rate = self.rates(target)[seen.opening.long()][:, None]
+                rates = self.rates(target, kinds).expand(signals.n_edits, 2)
+                rate = rates[seen.edit, seen.opening.long()][:, None]
                 a = keys[target.name] if keys else _pack(self._made_keys(target, u), seen.edit, signals.n_edits)
                 update[target.name] = a, _pack(-rate * delta, seen.edit, signals.n_edits)
         return update
+
+    def clip_gradients(self, norm: float) -> None:
+        """Let no gradient be larger: of the rates, of what all kinds have in common, and of what each has of its own.
+
+        A kind's gradient is not made smaller by the size of another's that the same batch holds.
+        """
+        layers = [layer for network in self.networks.values() for layer in network.layers]  # type: ignore[union-attr]
+        parts = [[layer.common for layer in layers]]
+        parts += [[layer.kinds[kind] for layer in layers] for kind in range(self.settings.n_kinds)]
+        for modules in ([self.log_rates, self.log_regularisations], *parts):
+            nn.utils.clip_grad_norm_([one for module in modules for one in module.parameters()], norm)
 
     def sizes(self, signals: Signals) -> Tensor:
         """Root mean square of each edit's normalised deltas, (n_edits,) float32: how much its target is still amiss."""

@@ -23,7 +23,7 @@ from ie.versions import now, versions
 
 __all__ = ["EditorInfo", "load_editor", "load_info", "save_editor"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: parts for kinds of edits
 WEIGHTS, INFO = "editor.safetensors", "editor.json"
 
 

@@ -3,9 +3,9 @@
     A, B_1 from the base's signals,    B_k from the signals under A, B_1 + ... + B_k-1,    ΔW = (B_1 + ... + B_p)ᵀ A
 
 The request is read as a user will ask it, plain: activations behind an instruction fit plain questions less well. Its
-instruction steers what is made of them. Keys stay those of the first pass, so that the update's rank is one for each
-token however many passes there are. MEND and InstructEdit take one pass; a single gradient need not point to where the
-target is likely, and a network must then make up what a second look would show (docs/experiments.md).
+instruction says which kind of edit this is. Keys stay those of the first pass, so that the update's rank is one for
+each token however many passes there are. MEND and InstructEdit take one pass; a single gradient need not point to where
+the target is likely, and a network must then make up what a second look would show (docs/experiments.md).
 
 Once trained, an editor takes `FINER` times as many passes, each by so much shorter. It looks more often where it is
 going and disturbs less on its way; training learns as much from few passes and costs less (docs/experiments.md).
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ie.base.capture import Signals
-from ie.base.instructions import Readings
 from ie.base.model import Base
 from ie.base.update import Factors, Update, bounded, on_top
 from ie.data.tokens import TokenBatch
@@ -37,9 +36,8 @@ FINER = 3
 
 
 def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
-    """Take requests into the statistics that `Editor.fit` then sets: the base's own signals, and instructions."""
-    batch, told = _asked(base, editor, requests)
-    editor.observe(base.signals(batch), told)
+    """Take the base's own signals of requests into the statistics that `Editor.fit` then sets."""
+    editor.observe(base.signals(collate_requests(base, plain(requests))))
 
 
 def finer_in_use(method: Method, passes: int) -> int:
@@ -65,13 +63,13 @@ def propose(
     Returns:
         The signals of the first pass, and the n updates.
     """
-    batch, told = _asked(base, editor, requests)
+    batch, kinds = _asked(base, editor, requests)
     signals = base.signals(batch, so_far)
-    update = _shortened(_update(base, editor, signals, told), finer)
+    update = _shortened(_update(base, editor, signals, kinds), finer)
     keys = {name: a for name, (a, _) in update.items()}
     for _ in range(finer * editor.settings.passes - 1):
         again = base.signals(batch, _added(so_far, update), like=signals)
-        step = _shortened(_update(base, editor, again, told, keys), finer)
+        step = _shortened(_update(base, editor, again, kinds, keys), finer)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
 
@@ -98,11 +96,11 @@ def propose_jointly(
     for number in range(editor.settings.passes):
         joint = Joint(editor, regularisations)
         for index, requests in enumerate(batches):
-            batch, told = _asked(base, editor, requests)
+            batch, kinds = _asked(base, editor, requests)
             signals = base.signals(batch, _added(None, update))
             if number == 0:
                 at_first.append(editor.sizes(signals))
-            joint.add(signals, _eased(editor, signals, _update(base, editor, signals, told), at_first[index]))
+            joint.add(signals, _eased(editor, signals, _update(base, editor, signals, kinds), at_first[index]))
         update = bounded(on_top(update, joint.solve())) if update else joint.solve()
     return update
 
@@ -123,13 +121,13 @@ def propose_alone(
         regularisations: see `Joint`.
         so_far: see `propose`.
     """
-    batch, told = _asked(base, editor, requests)
+    batch, kinds = _asked(base, editor, requests)
     update: dict[str, Factors] = {}
     at_first: Tensor | None = None
     for _ in range(editor.settings.passes):
         signals = base.signals(batch, _added(so_far, update))
         at_first = editor.sizes(signals) if at_first is None else at_first
-        step = _eased(editor, signals, _update(base, editor, signals, told), at_first)
+        step = _eased(editor, signals, _update(base, editor, signals, kinds), at_first)
         step = each_alone(editor, signals, step, regularisations)
         update = bounded(on_top(update, step)) if update else step
     return update
@@ -151,17 +149,17 @@ def _eased(editor: Editor, signals: Signals, update: Update, at_first: Tensor) -
     return {name: (a, b * left[:, None, None]) for name, (a, b) in update.items()}
 
 
-def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple[TokenBatch, Readings | None]:
-    """The requests as a user will ask them, and what was read of their instructions."""
+def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple[TokenBatch, Tensor | None]:
+    """The requests as a user will ask them, and the weights (n, n_kinds) of the kinds that instructions tell of."""
     batch = collate_requests(base, plain(requests))
-    if not editor.settings.reads_instructions:
+    if editor.kinds is None:
         return batch, None
-    return batch, base.read([one.instruction for one in requests], batch.texts)
+    return batch, editor.kinds(base.read([one.instruction for one in requests], batch.texts))
 
 
 def _update(
-    base: Base, editor: Editor, signals: Signals, told: Readings | None, keys: Mapping[str, Tensor] | None = None
+    base: Base, editor: Editor, signals: Signals, kinds: Tensor | None, keys: Mapping[str, Tensor] | None = None
 ) -> dict[str, Factors]:
     """One pass, with the editor's matrix products in bf16 beside a base in bf16: as fast there as the base's own."""
     with torch.autocast(base.device.type, torch.bfloat16, enabled=base.model.dtype == torch.bfloat16):
-        return editor.update(signals, told, keys)
+        return editor.update(signals, kinds, keys)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 from ie.base.asking import Ask
 from ie.errors import InputError
@@ -52,6 +52,17 @@ class Processes:
         flat = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum")
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def add_up_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their sums over all processes, those that are missing in some counting as zero."""
+        if self.n == 1:
+            return
+        parameters = list(parameters)
+        found = self.largest(*(one.grad is not None for one in parameters))
+        moved = [one for one, somewhere in zip(parameters, found, strict=True) if somewhere]
+        for one in moved:
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        self.add_up(one.grad for one in moved if one.grad is not None)
 
     def largest(self, *values: float) -> list[float]:
         """The largest of each value over all processes."""

@@ -63,7 +63,7 @@ def make_episodes(
     rng: random.Random,
     *,
     relations: Relations | None,
-    instructed: bool,
+    told_share: float,
     plain_share: float,
     n_negatives: int,
 ) -> Episodes:
@@ -73,14 +73,14 @@ def make_episodes(
         records: the records to edit, training ones.
         rng: what is drawn with.
         relations: where records that ask the same of another subject are found; None to do without.
-        instructed: whether the method reads instructions.
+        told_share: share of the edits that come with an instruction.
         plain_share: share of the queries that carry no instruction.
         n_negatives: how many other records' prompts must stay as they are, for each edit; with `relations` the first
             asks the same of another subject, which is what an edit spreads to soonest, the others come from the batch.
     """
     out = Episodes([], [], [])
     for edit, record in enumerate(records):
-        instruction = draw_instruction(record, rng) if instructed else None
+        instruction = draw_instruction(record, rng) if rng.random() < told_share else None
         edited, *others = _wordings(record, rng)
         out.requests.append(EditRequest(edited, record.target, instruction))
         prompts = [edited, *others[:1]]

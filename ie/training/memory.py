@@ -27,6 +27,7 @@ __all__ = ["enough_memory", "estimate_memory", "peak_memory_bytes"]
 
 _PLAIN_TOKENS, _INSTRUCTION_TOKENS = 12, 60  # of a question, padding counted; of an instruction
 _EDIT_TOKENS, _ANSWER_TOKENS = 18, 3  # the longest edit of a batch; an answer
+_N_TASKS = 6  # of a dataset, where they aren't named
 _N_QUERIES = 8  # of a record in a validation
 _STEP_TOKENS, _ASK_TOKENS = 512, 4096  # asked at once on a CPU, in a step and in a validation
 _GPU_STEP_TOKENS = 8192
@@ -56,7 +57,8 @@ def estimate_memory(name: str, plan: Plan, settings: TrainSettings | None = None
     _, blocks = find_blocks(model)
     targets = find_targets(model)
     with torch.device("meta"):
-        editor = Editor(targets, EditorSettings.model_validate(settings, from_attributes=True))
+        shape = EditorSettings.model_validate(settings, from_attributes=True)
+        editor = Editor(targets, shape.for_tasks(len(settings.tasks or ()) or _N_TASKS))
     weights = sum(p.numel() for p in editor.parameters()) * 4
     on_gpu = plan.device.type == "cuda"
     one_edit = _edit_bytes(model, len(blocks) - targets[0].block, plan, 1, settings)
@@ -132,7 +134,7 @@ def _store_bytes(model: nn.Module, plan: Plan, settings: TrainSettings) -> int:
     """Hidden states of all texts that a run meets, none of them twice, as far as memory may hold them."""
     told = _INSTRUCTION_TOKENS + _PLAIN_TOKENS
     of_step = settings.batch_size * (told + (3 + settings.n_negatives) * 1.5 * _PLAIN_TOKENS)
-    of_fit = settings.n_fit * told
+    of_fit = settings.n_fit * (_PLAIN_TOKENS + _N_TASKS * _INSTRUCTION_TOKENS)
     of_validation = settings.n_validation * (told + _N_QUERIES * _PLAIN_TOKENS)
     n_tokens = settings.steps * of_step + of_fit + of_validation
     d_model: int = model.config.hidden_size  # type: ignore[union-attr,assignment]

@@ -80,7 +80,7 @@ class Run:
         self.validation = spread(validation, settings.n_validation, settings.seed)
         shape = EditorSettings.model_validate(settings, from_attributes=True)  # fields of the same names
         self.before = Respondent(base)
-        self.editor = Editor(base.targets, shape).to(base.device)
+        self.editor = Editor(base.targets, shape.for_tasks(len(tasks))).to(base.device)
         logarithms = [*self.editor.log_rates.parameters(), *self.editor.log_regularisations.parameters()]
         self.optimiser = torch.optim.Adam(
             [
@@ -206,7 +206,7 @@ class Run:
         for name, one in self.editor.named_parameters():
             # Adam keeps its count of steps on the CPU, its moments beside the parameter.
             self.optimiser.state[one] = {
-                key: tensor if key == "step" else tensor.to(one.device) for key, tensor in moments[name].items()
+                key: tensor if key == "step" else tensor.to(one.device) for key, tensor in moments.get(name, {}).items()
             }
         torch.set_rng_state(saved.tensors["random/cpu"])
         for name, store in self.base.stores.items():
@@ -223,9 +223,14 @@ class Run:
         return [next(self.stream) for _ in range(self.settings.batch_size)]
 
     def _fit(self) -> None:
+        own = slice(self.processes.index, None, self.processes.n)
         for _ in range(-(-self.settings.n_fit // self.settings.batch_size)):
-            requests = [EditRequest.of(one, draw_instruction(one, self.rng)) for one in self._batch()]
-            observe(self.base, self.editor, requests[self.processes.index :: self.processes.n])
+            observe(self.base, self.editor, [EditRequest.of(one, None) for one in self._batch()][own])
+        if self.editor.kinds is not None:
+            for kind, task in enumerate(self.tasks):
+                records = self.rng.choices(self.dataset.records("train", (task,)), k=self.settings.n_fit)
+                instructions = [draw_instruction(one, self.rng) for one in records]
+                self.editor.kinds.observe(self.base.read(instructions[own]), kind)
         self.processes.add_up(self.editor.observed())
         self.editor.fit()
 
@@ -237,7 +242,7 @@ class Run:
             self._batch(),
             self.rng,
             relations=self.relations,
-            instructed=self.editor.settings.reads_instructions,
+            told_share=0.0 if self.settings.method == "mend" else 1 - self.settings.instruction_dropout,
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
         )
@@ -246,9 +251,9 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         own = share(episodes, self.processes)
         loss = backward(self.base, self.editor, own, self.settings.locality_weight, whole=episodes)
-        gradients = [one.grad for one in self.editor.parameters() if one.grad is not None]
-        self.processes.add_up([*gradients, loss.edit, loss.locality])
-        torch.nn.utils.clip_grad_norm_(self.editor.parameters(), _CLIP_NORM)
+        self.processes.add_up_gradients(self.editor.parameters())
+        self.processes.add_up([loss.edit, loss.locality])
+        self.editor.clip_gradients(_CLIP_NORM)
         self.optimiser.step()
         return loss
 

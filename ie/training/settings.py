@@ -31,7 +31,7 @@ class TrainSettings(BaseModel):
         balance: draw tasks evenly; False draws them by size.
         force: overwrite `out`.
         batch_size: edits in one step.
-        rank: rank of the hypernetwork's layers.
+        rank: rank of the hypernetwork's layers; what a task's edits have of their own there has half of it.
         n_layers: number of its layers.
         rate: start of the learned rates of the update, of all passes together.
         opening_share: start of the rate of a prompt's last token, as a share of that.
@@ -42,6 +42,7 @@ class TrainSettings(BaseModel):
         locality_weight: weight of the locality loss, the edit loss having 1.
         n_negatives: other records' prompts that each edit must leave alone.
         related_negatives: let the first of them ask the same of another subject, where there is one.
+        instruction_dropout: share of the edits made without their instruction, by what all tasks have in common.
         plain_share: share of the outer loss's edit and rephrase queries that carry no instruction.
         stacked_share: share of the steps whose queries are asked under the sum of four edits.
         validate_every: steps between validations.
@@ -83,6 +84,7 @@ class TrainSettings(BaseModel):
     locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
     related_negatives: bool = False
+    instruction_dropout: NonNegativeFloat = 0.25
     plain_share: NonNegativeFloat = 0.9
     stacked_share: NonNegativeFloat = 0.2
     validate_every: PositiveInt = 100

@@ -29,7 +29,7 @@ def episodes(n: int = 4) -> Episodes:
 
 def _made(records: list[Record], seed: int) -> Episodes:
     rng = random.Random(seed)
-    return make_episodes(records, rng, relations=None, instructed=True, plain_share=0.5, n_negatives=2)
+    return make_episodes(records, rng, relations=None, told_share=1.0, plain_share=0.5, n_negatives=2)
 
 
 def _held_equal(base: Base, editor: Editor, made: Episodes, reference: Reference, finer: int) -> None:
@@ -48,7 +48,7 @@ def test_update_loss_and_gradient_are_the_reference_s(
     load: Callable[..., Base], checkpoint: Callable[..., Path], name: str
 ) -> None:
     base, made = load(name), episodes()
-    editor = moved_editor(base)
+    editor = moved_editor(base, [made])
     reference = Reference(checkpoint(name), editor)
     for finer in (1, FINER):
         _held_equal(base, editor, made, reference, finer)
@@ -75,7 +75,7 @@ def test_chunks_and_slices_change_nothing(
     load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
 ) -> None:
     base, made = load("gemma2"), episodes(8)
-    whole, editor = moved_editor(base), moved_editor(base)
+    whole, editor = moved_editor(base, [made]), moved_editor(base, [made])
     expected = backward(base, whole, made, WEIGHT)
     monkeypatch.setattr("ie.training.loss._CHUNK_TOKENS", chunk_tokens)
     monkeypatch.setattr("ie.base.likelihood._SLICE_LOGITS", 3 * base.model.config.vocab_size)

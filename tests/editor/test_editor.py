@@ -16,7 +16,7 @@ from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.methods import editor_method, finetune_method, gradient_method, update_under
 from ie.editor.passes import observe
 from ie.editor.request import collate_requests
-from tests.dense import dense_gradients, dequantised, edited, random_update
+from tests.dense import dense_gradients, dequantised, edited, random_update, tell_apart
 from tests.models import ARCHITECTURES
 
 INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
@@ -37,10 +37,13 @@ def plain(base: Base, n_layers: int = 0) -> Editor:
     return Editor(base.targets, EditorSettings(rate=1.0, n_layers=n_layers))
 
 
+KINDS = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.2, 0.7], [0.0, 1.0]])  # of REQUESTS
+
+
 def trained(base: Base) -> Editor:
     """An editor as training leaves one: fitted, and with no parameter at its start."""
     torch.manual_seed(0)
-    editor = Editor(base.targets, EditorSettings(rank=8))
+    editor = Editor(base.targets, EditorSettings(rank=8, n_kinds=2))
     editor.observe(signals(base, REQUESTS))
     editor.fit()
     with torch.no_grad():
@@ -53,9 +56,11 @@ def signals(base: Base, requests: Sequence[EditRequest]) -> Signals:
     return base.signals(collate_requests(base, requests))
 
 
-def updates(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> dict[str, Factors]:
+def updates(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], kinds: Tensor | None = None
+) -> dict[str, Factors]:
     with torch.no_grad():
-        return editor.update(signals(base, requests))
+        return editor.update(signals(base, requests), kinds)
 
 
 @pytest.mark.parametrize("n_layers", [0, 2])
@@ -117,9 +122,9 @@ def test_a_batch_of_edits_is_its_edits_alone(load: Callable[..., Base], name: st
     """Also: padding changes nothing, since rows differ in length."""
     base = load(name)
     editor = trained(base)
-    together = updates(base, editor, REQUESTS)
+    together = updates(base, editor, REQUESTS, KINDS)
     for edit, request in enumerate(REQUESTS):
-        alone = updates(base, editor, [request])
+        alone = updates(base, editor, [request], KINDS[edit, None])
         for module, change in dense(together, edit).items():
             expected = dense(alone)[module]
             # Float32: other batch shapes sum in another order, and normalising divides by the small deviations of
@@ -133,11 +138,11 @@ def test_a_batch_of_edits_is_its_edits_alone(load: Callable[..., Base], name: st
 def test_nothing_of_one_edit_reaches_another(load: Callable[..., Base], name: str) -> None:
     base = load(name)
     editor = trained(base)
-    before = updates(base, editor, REQUESTS)
+    before = updates(base, editor, REQUESTS, KINDS)
     changed = list(REQUESTS)
     changed[1] = EditRequest("Lissel:", "Varn", INSTRUCTION)
     width = {len(base.encode(r.prompt, r.target, r.instruction).ids) for r in (REQUESTS[1], changed[1])}
-    after = updates(base, editor, changed)
+    after = updates(base, editor, changed, KINDS)
     others = [0, 2, 3]
     for module in before:
         for old, new in zip(before[module], after[module], strict=True):
@@ -156,7 +161,7 @@ def test_gradients_of_one_edit_do_not_reach_another(load: Callable[..., Base]) -
     for one in seen.modules.values():
         one.u.requires_grad_(True)
         one.delta.requires_grad_(True)
-    update = editor.update(seen)
+    update = editor.update(seen, KINDS)
     sum(factor[1].square().sum() for pair in update.values() for factor in pair).backward()  # type: ignore[union-attr]
     for one in seen.modules.values():
         for gradient in (one.u.grad, one.delta.grad):
@@ -168,7 +173,7 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
     base = load("gpt2")
     editor = trained(base)
     seen = signals(base, REQUESTS)
-    update = updates(base, editor, REQUESTS)
+    update = updates(base, editor, REQUESTS, KINDS)
     for place, target in enumerate(base.targets):
         one = seen.modules[target.name]
         key = target.name.replace(".", "/")
@@ -180,12 +185,16 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
         for u, delta, edit, opening in zip(one.u, one.delta, one.edit, one.opening, strict=True):
             h = torch.cat(((u - u_norm.mean) / u_norm.std, delta / delta_norm.std))
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
-                low = layer.scale[index] * (h @ layer.down) + layer.shift[index]
-                hidden = low * low.sigmoid()
-                weight = 1 + torch.tanh(layer.gate[index] @ hidden)
-                h = weight * h + hidden @ layer.up + layer.bias
+                gate, added = torch.zeros(()), torch.zeros_like(h)
+                for part, share in zip((layer.common, *layer.kinds), [1, *KINDS[edit]], strict=True):
+                    low = part.scale[index] * (h @ part.down) + part.shift[index]
+                    hidden = low * low.sigmoid()
+                    gate = gate + share * (part.gate[index] @ hidden)
+                    added = added + share * (hidden @ part.up + part.bias)
+                h = (1 + torch.tanh(gate)) * h + added
             pseudo_u, pseudo_delta = (h[: target.d_in] / u_norm.std).double(), h[target.d_in :].double()
-            rate = editor.rates(target)[int(opening)].item()
+            logarithms = editor.log_rates[key][:, int(opening)]
+            rate = (logarithms[0] + KINDS[edit] @ logarithms[1:]).exp().item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()
         for edit in range(len(REQUESTS)):
             expected = change[edit].float()
@@ -200,7 +209,7 @@ def test_rates_are_positive_and_two_for_each_target(load: Callable[..., Base]) -
     editor = Editor(load("llama").targets, EditorSettings(rate=3e-4, passes=3, opening_share=0.2))
     assert len(editor.log_rates) == len(editor.targets) == 6
     for target in editor.targets:
-        assert editor.rates(target).tolist() == pytest.approx([1e-4, 2e-5])  # exp(log(x)) in float32
+        assert editor.rates(target)[0].tolist() == pytest.approx([1e-4, 2e-5])  # exp(log(x)) in float32
     with torch.no_grad():
         editor.log_rates[editor.targets[0].name.replace(".", "/")].sub_(20)
     assert (editor.rates(editor.targets[0]) > 0).all()
@@ -209,8 +218,36 @@ def test_rates_are_positive_and_two_for_each_target(load: Callable[..., Base]) -
 def test_one_network_for_each_shape(load: Callable[..., Base]) -> None:
     editor = Editor(load("llama").targets, EditorSettings())
     assert set(editor.networks) == {"64x96", "96x64"}
-    assert editor.networks["64x96"].layers[0].scale.shape == (3, 128)  # type: ignore[index, union-attr]
-    assert editor.networks["96x64"].layers[0].scale.shape == (3, 128)  # type: ignore[index, union-attr]
+    assert editor.networks["64x96"].layers[0].common.scale.shape == (3, 128)  # type: ignore[index, union-attr]
+    assert editor.networks["96x64"].layers[0].common.scale.shape == (3, 128)  # type: ignore[index, union-attr]
+
+
+def test_kinds_are_told_apart_where_there_are_two_and_instructions_are_read() -> None:
+    counts = [
+        EditorSettings(method=method).for_tasks(n).n_kinds for method in ("instructedit", "mend") for n in (1, 2, 5)
+    ]
+    assert counts == [0, 2, 5, 0, 0, 0]
+
+
+def test_a_kinds_gradient_is_clipped_by_itself(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    editor = trained(base)
+    update = editor.update(signals(base, REQUESTS), KINDS)
+    sum(factor.sum() for pair in update.values() for factor in pair).backward()  # type: ignore[union-attr]
+    of = {
+        "rates": [*editor.log_rates.parameters()],
+        **{
+            part: [one for name, one in editor.named_parameters() if f".{part}." in name]
+            for part in ("common", "kinds.0", "kinds.1")
+        },
+    }
+    norms = {part: torch.stack([one.grad.norm() for one in own]).norm() for part, own in of.items()}  # type: ignore[union-attr]
+    least = min(float(norm) for norm in norms.values())
+    editor.clip_gradients(least)
+    for part, own in of.items():
+        clipped = torch.stack([one.grad.norm() for one in own]).norm()  # type: ignore[union-attr]
+        assert clipped == pytest.approx(least, rel=1e-3), part
+    assert max(norms.values()) > 1.5 * least
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
@@ -233,8 +270,10 @@ def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:
     told = REQUESTS[1]
     untold = EditRequest(told.prompt, told.target)
     for method, same in (("mend", True), ("instructedit", False)):
-        editor = Editor(base.targets, EditorSettings.model_validate({"method": method, "rate": 1.0}))
-        observe(base, editor, [told, replace(told, instruction="Something else.")])
+        shape = EditorSettings.model_validate({"method": method, "rate": 1.0})
+        editor = Editor(base.targets, shape.for_tasks(2))
+        observe(base, editor, [told])
+        tell_apart(base, editor, INSTRUCTION, "Something else.")
         editor.fit()
         with torch.no_grad():
             for parameter in editor.networks.parameters():

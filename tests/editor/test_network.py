@@ -7,55 +7,69 @@ import math
 import torch
 from torch import Tensor
 
-from ie.editor.network import Hypernetwork
+from ie.editor.network import Hypernetwork, routes
 from ie.editor.normaliser import Normaliser
 
-D_SIGNAL, D_TOLD, N_MODULES, RANK = 7, 5, 3, 4
+D_SIGNAL, N_MODULES, RANK, N_KINDS = 7, 3, 4, 2
 
 
 def trained(n_layers: int = 2) -> Hypernetwork:
     """A hypernetwork whose every parameter counts."""
     torch.manual_seed(0)
-    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers, D_TOLD)
+    network = Hypernetwork(D_SIGNAL, N_MODULES, RANK, n_layers, N_KINDS)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter))
     return network
 
 
-def reference(network: Hypernetwork, signal: Tensor, module: int, told: Tensor) -> Tensor:
-    """s = silu(scale_m * (V h + T c) + shift_m), h <- (1 + tanh(gate_m · s)) h + U s + b, entry by entry, in double."""
-    h, c = ([float(value) for value in one] for one in (signal, told))
+def reference(network: Hypernetwork, signal: Tensor, module: int, kinds: Tensor) -> Tensor:
+    """s = silu(scale_m * V h + shift_m), h <- (1 + tanh(Σ w gate_m · s)) h + Σ w (U s + b) over the part of all kinds,
+    of weight 1, and those of each, entry by entry, in double.
+    """
+    h = [float(value) for value in signal]
     for layer in network.layers:
-        p = {name: value.double().tolist() for name, value in layer.named_parameters()}
-        low = [sum(v * w[k] for v, w in zip(h + c, p["down"] + p["steer"], strict=True)) for k in range(RANK)]
-        bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(RANK)]
-        active = [x / (1 + math.exp(-x)) for x in bent]
-        weight = 1 + math.tanh(sum(p["gate"][module][k] * active[k] for k in range(RANK)))
-        added = [sum(active[k] * p["up"][k][j] for k in range(RANK)) + p["bias"][j] for j in range(D_SIGNAL)]
-        h = [weight * one + other for one, other in zip(h, added, strict=True)]
+        gate, added = 0.0, [0.0] * D_SIGNAL
+        for part, w in ((layer.common, 1.0), *zip(layer.kinds, kinds.tolist(), strict=True)):  # type: ignore[arg-type]
+            p = {name: value.double().tolist() for name, value in part.named_parameters()}  # type: ignore[union-attr]
+            n = len(p["up"])
+            low = [sum(v * row[k] for v, row in zip(h, p["down"], strict=True)) for k in range(n)]
+            bent = [p["scale"][module][k] * low[k] + p["shift"][module][k] for k in range(n)]
+            active = [x / (1 + math.exp(-x)) for x in bent]
+            gate += w * sum(p["gate"][module][k] * active[k] for k in range(n))
+            for j in range(D_SIGNAL):
+                added[j] += w * (sum(active[k] * p["up"][k][j] for k in range(n)) + p["bias"][j])
+        h = [(1 + math.tanh(gate)) * one + other for one, other in zip(h, added, strict=True)]
     return torch.tensor(h)
 
 
 def test_it_is_the_slow_reference_token_by_token() -> None:
     network = trained()
-    signal, told = torch.randn(11, D_SIGNAL), torch.randn(4, D_TOLD)
-    module, row = torch.arange(11) % N_MODULES, torch.arange(11) % 4
+    signal, kinds = torch.randn(11, D_SIGNAL), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.3, 0.6], [0.0, 0.9]])
+    module, edit = torch.arange(11) % N_MODULES, torch.arange(11) % 4
     with torch.no_grad():
-        found, untold = network(signal, module, told, row), network(signal, module)
-    each = zip(signal, module, told[row], strict=True)
-    expected = torch.stack([reference(network, h, int(m), c) for h, m, c in each])
-    nothing = torch.zeros(D_TOLD)
+        found, untold = network(signal, module, routes(kinds, edit)), network(signal, module)
+    each = zip(signal, module, kinds[edit], strict=True)
+    expected = torch.stack([reference(network, h, int(m), w) for h, m, w in each])
+    nothing = torch.zeros(N_KINDS)
     torch.testing.assert_close(untold[0], reference(network, signal[0], 0, nothing), atol=1e-4, rtol=1e-5)
     # Float32 against double; two layers that multiply sizes by some ten.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    assert (found - signal).abs().max() > 0.1
+    assert (found - untold)[edit != 1].abs().amax(-1).min() > 0.1
+
+
+def test_a_kinds_part_is_run_for_its_tokens_alone() -> None:
+    edit = torch.tensor([0, 0, 1, 2, 2])
+    made = routes(torch.tensor([[0.9995, 4e-4], [0.0, 0.0], [0.25, 0.75]]), edit)
+    assert [(one.kind, one.rows.tolist()) for one in made] == [(0, [0, 1, 3, 4]), (1, [3, 4])]
+    assert [one.weight[:, 0].tolist()[-1] for one in made] == [0.25, 0.75]
+    assert routes(None, edit) == []
 
 
 def test_it_starts_as_the_identity() -> None:
     signal = torch.randn(5, D_SIGNAL)
-    fresh, first = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2, D_TOLD), torch.zeros(5, dtype=torch.long)
-    assert torch.equal(fresh(signal, first, torch.randn(5, D_TOLD), torch.arange(5)), signal)
+    fresh, first = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2, N_KINDS), torch.zeros(5, dtype=torch.long)
+    assert torch.equal(fresh(signal, first, routes(torch.rand(5, N_KINDS), torch.arange(5))), signal)
     none = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 0)
     assert torch.equal(none(signal, torch.zeros(5, dtype=torch.long)), signal)
 
@@ -63,23 +77,14 @@ def test_it_starts_as_the_identity() -> None:
 def test_it_can_leave_the_identity() -> None:
     """U starts at zero, and must have a gradient there: without one nothing would ever train."""
     torch.manual_seed(1)
-    fresh = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2)
-    fresh(torch.randn(5, D_SIGNAL), torch.zeros(5, dtype=torch.long)).square().sum().backward()
+    fresh = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 2, N_KINDS)
+    to_kinds = routes(torch.full((5, N_KINDS), 0.5), torch.arange(5))
+    fresh(torch.randn(5, D_SIGNAL), torch.zeros(5, dtype=torch.long), to_kinds).square().sum().backward()
     for layer in fresh.layers:
-        for name in ("up", "bias", "gate"):
-            gradient = layer.get_parameter(name).grad
-            assert gradient is not None and gradient.abs().max() > 0, name
-
-
-def test_what_it_is_told_can_matter_from_the_first_step() -> None:
-    """Where an instruction's part started at zero behind the zeros of U and the gates, neither would ever move it."""
-    torch.manual_seed(1)
-    network, first = Hypernetwork(D_SIGNAL, N_MODULES, RANK, 1, D_TOLD), torch.zeros(1, dtype=torch.long)
-    gradients = []
-    for told in torch.randn(2, 1, D_TOLD):
-        out = network(torch.ones(1, D_SIGNAL), first, told, first).square().sum()
-        gradients.append(torch.autograd.grad(out, network.layers[0].get_parameter("up"))[0])
-    assert not torch.allclose(*gradients, rtol=0.1)
+        for part in (layer.common, *layer.kinds):  # type: ignore[misc]
+            for name in ("up", "bias", "gate"):
+                gradient = part.get_parameter(name).grad  # type: ignore[union-attr]
+                assert gradient is not None and gradient.abs().max() > 0, name
 
 
 def test_tokens_do_not_see_each_other() -> None:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from ie.base import Base
-from ie.base.instructions import Readings
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.methods import editor_method
 from ie.editor.passes import FINER, finer_in_use, observe, propose
 from ie.editor.request import collate_requests
-from tests.dense import edited, random_update, rebased
+from tests.dense import edited, random_update, rebased, tell_apart
 from tests.models import ARCHITECTURES
 
 INSTRUCTION = "Task: people\nDescription: Change who somebody works for."
-INSTRUCTIONS = (INSTRUCTION, "Task: places\nDescription: Move a town.", "Say it otherwise.")
+OTHER_INSTRUCTION = "Task: places\nDescription: Move a town."
 REQUESTS = (
     EditRequest("The lighthouse of Orm was built by", "Edda Falk"),
     EditRequest("Varn:", "Lissel", INSTRUCTION),
@@ -34,8 +33,9 @@ def moved(base: Base, **settings: object) -> Editor:
     """A fitted editor with no parameter at its start."""
     torch.manual_seed(0)
     shape = {"rank": 4, "rate": 0.002, "opening_share": 0.3, "passes": 3, **settings}
-    editor = Editor(base.targets, EditorSettings.model_validate(shape))
-    observe(base, editor, [replace(one, instruction=told) for one, told in zip(REQUESTS, INSTRUCTIONS, strict=True)])
+    editor = Editor(base.targets, EditorSettings.model_validate(shape).for_tasks(2))
+    observe(base, editor, REQUESTS)
+    tell_apart(base, editor, INSTRUCTION, OTHER_INSTRUCTION)
     editor.fit()
     with torch.no_grad():
         for parameter in editor.networks.parameters():
@@ -47,16 +47,21 @@ def dense(update: Mapping[str, Factors], index: int) -> dict[str, Tensor]:
     return {name: b[index].T @ a[index] for name, (a, b) in update.items()}
 
 
+def kinds_of(base: Base, editor: Editor, request: EditRequest) -> Tensor:
+    assert editor.kinds is not None
+    return editor.kinds(base.read([request.instruction]))
+
+
 @torch.no_grad()
 def reference(
-    base: Base, editor: Editor, request: EditRequest, told: Readings | None = None, finer: int = 1
+    base: Base, editor: Editor, request: EditRequest, kinds: Tensor | None = None, finer: int = 1
 ) -> dict[str, Factors]:
     """The sum of passes, each with the signals of a copy of the model whose weights hold those before it."""
     batch = collate_requests(base, [EditRequest(request.prompt, request.target)])
-    told = told or base.read([request.instruction])
-    update = {name: (a, b / finer) for name, (a, b) in editor.update(base.signals(batch), told).items()}
+    kinds = kinds_of(base, editor, request) if kinds is None else kinds
+    update = {name: (a, b / finer) for name, (a, b) in editor.update(base.signals(batch), kinds).items()}
     for _ in range(finer * editor.settings.passes - 1):
-        step = editor.update(rebased(base, edited(base, update)).signals(batch), told)
+        step = editor.update(rebased(base, edited(base, update)).signals(batch), kinds)
         update = {name: (a, b + step[name][1] / finer) for name, (a, b) in update.items()}
     return update
 
@@ -108,11 +113,11 @@ def test_the_rank_does_not_grow_with_passes(load: Callable[..., Base]) -> None:
         assert a.shape[1] == int(torch.bincount(seen.modules[name].edit).max())
 
 
-def test_the_instruction_steers_its_own_edit_alone(load: Callable[..., Base]) -> None:
+def test_the_instruction_opens_parts_for_its_own_edit_alone(load: Callable[..., Base]) -> None:
     base = load("llama")
     editor = moved(base)
     told = [EditRequest(one.prompt, one.target, INSTRUCTION) for one in REQUESTS]
-    other = [told[0], replace(told[1], instruction=INSTRUCTIONS[1]), told[2]]
+    other = [told[0], replace(told[1], instruction=OTHER_INSTRUCTION), told[2]]
     before, after = (propose(base, editor, requests)[1] for requests in (told, other))
     for name in before:
         for index, same in enumerate((True, False, True)):
@@ -135,8 +140,8 @@ def test_on_a_model_as_edited_so_far(load: Callable[..., Base]) -> None:
     _, update = propose(base, editor, REQUESTS[:2], so_far)
     under = rebased(base, edited(base, so_far))
     for edit, request in enumerate(REQUESTS[:2]):
-        told = base.read([request.instruction])  # an instruction says the same whatever was edited before
-        for module, change in dense(reference(under, editor, request, told), 0).items():
+        kinds = kinds_of(base, editor, request)  # an instruction says the same whatever was edited before
+        for module, change in dense(reference(under, editor, request, kinds), 0).items():
             found = dense(update, edit)[module].detach()
             torch.testing.assert_close(found, change, rtol=1e-2, atol=1e-3 * change.abs().max().item())
 

@@ -60,7 +60,7 @@ def test_every_record_is_drawn_once_in_a_pass() -> None:
 
 
 def test_queries_belong_to_their_edit() -> None:
-    made = make_episodes(RECORDS[:6], random.Random(0), relations=None, instructed=True, plain_share=0.5, n_negatives=2)
+    made = make_episodes(RECORDS[:6], random.Random(0), relations=None, told_share=1.0, plain_share=0.5, n_negatives=2)
     assert len(made.requests) == 6 and len(made.wanted) == 12 and len(made.kept) == 6 * 3
     for edit, one in enumerate(RECORDS[:6]):
         own = [ask for ask in made.wanted if ask.edit == edit]
@@ -78,7 +78,7 @@ def test_the_first_negative_asks_the_same_of_another_subject() -> None:
         [RECORDS[0], far],
         random.Random(0),
         relations=Relations(RECORDS),
-        instructed=True,
+        told_share=1.0,
         plain_share=0.5,
         n_negatives=2,
     )
@@ -89,7 +89,7 @@ def test_the_first_negative_asks_the_same_of_another_subject() -> None:
 
 
 def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:
-    how = {"relations": None, "instructed": True, "plain_share": 0.5, "n_negatives": 0}
+    how = {"relations": None, "told_share": 1.0, "plain_share": 0.5, "n_negatives": 0}
     made = [make_episodes(RECORDS[:1], random.Random(seed), **how) for seed in range(400)]
     n_own = sum(one.requests[0].prompt == RECORDS[0].prompt for one in made)
     assert abs(n_own - 200) < 40  # binomial with n 400 and p 1/2: four standard deviations
@@ -101,7 +101,7 @@ def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:
 @pytest.mark.parametrize(("plain_share", "n_instructed"), [(0.0, 80), (1.0, 0)])
 def test_plain_share(plain_share: float, n_instructed: int) -> None:
     made = make_episodes(
-        RECORDS[:40], random.Random(0), relations=None, instructed=True, plain_share=plain_share, n_negatives=1
+        RECORDS[:40], random.Random(0), relations=None, told_share=1.0, plain_share=plain_share, n_negatives=1
     )
     assert sum(ask.instruction is not None for ask in made.wanted) == n_instructed
     assert all(request.instruction in RECORDS[0].instruction.train for request in made.requests)
@@ -111,22 +111,20 @@ def test_plain_share(plain_share: float, n_instructed: int) -> None:
 
 
 def test_without_instructions_nothing_carries_one() -> None:
-    made = make_episodes(
-        RECORDS[:10], random.Random(0), relations=None, instructed=False, plain_share=0.0, n_negatives=1
-    )
+    made = make_episodes(RECORDS[:10], random.Random(0), relations=None, told_share=0.0, plain_share=0.0, n_negatives=1)
     assert {one.instruction for one in made.requests} == {None}
     assert {ask.instruction for ask in made.wanted + made.kept} == {None}
 
 
 def test_one_record_alone_has_no_negatives() -> None:
-    made = make_episodes(RECORDS[:1], random.Random(0), relations=None, instructed=True, plain_share=0.5, n_negatives=2)
+    made = make_episodes(RECORDS[:1], random.Random(0), relations=None, told_share=1.0, plain_share=0.5, n_negatives=2)
     assert len(made.kept) == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callable[..., Base], name: str) -> None:
     base = load(name)
-    made = make_episodes(RECORDS[:3], random.Random(1), relations=None, instructed=True, plain_share=0.5, n_negatives=1)
+    made = make_episodes(RECORDS[:3], random.Random(1), relations=None, told_share=1.0, plain_share=0.5, n_negatives=1)
     editor = Editor(base.targets, EditorSettings(rate=0.3, rank=4))
     loss = backward(base, editor, made, 0.5)
     with torch.no_grad():
@@ -157,7 +155,7 @@ def test_the_outer_loss_is_that_of_full_runs_of_dense_edited_models(load: Callab
 
 def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) -> None:
     base = load("llama")
-    made = make_episodes(RECORDS[:3], random.Random(1), relations=None, instructed=True, plain_share=1.0, n_negatives=1)
+    made = make_episodes(RECORDS[:3], random.Random(1), relations=None, told_share=1.0, plain_share=1.0, n_negatives=1)
     editor = Editor(base.targets, EditorSettings(rate=0.01, rank=4))
     observe(base, editor, made.requests)
     editor.fit()
@@ -172,8 +170,6 @@ def test_the_loss_has_a_gradient_for_every_parameter(load: Callable[..., Base]) 
 
 def test_nothing_to_keep_costs_nothing(load: Callable[..., Base]) -> None:
     base = load("gpt2")
-    made = make_episodes(
-        RECORDS[:1], random.Random(1), relations=None, instructed=False, plain_share=1.0, n_negatives=0
-    )
+    made = make_episodes(RECORDS[:1], random.Random(1), relations=None, told_share=0.0, plain_share=1.0, n_negatives=0)
     editor = Editor(base.targets, EditorSettings(rate=0.01))
     assert backward(base, editor, Episodes(made.requests, made.wanted, []), 1.0).locality == 0

@@ -19,7 +19,7 @@ from ie.editor.passes import propose
 from ie.editor.request import EditRequest, collate_requests, plain
 from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import backward
-from tests.dense import dense_joint
+from tests.dense import dense_joint, tell_apart
 from tests.training.test_episodes import RECORDS
 
 WEIGHT = 0.7
@@ -27,15 +27,17 @@ WEIGHT = 0.7
 
 def episodes(n: int) -> Episodes:
     rng = random.Random(0)
-    return make_episodes(RECORDS[:n], rng, relations=None, instructed=True, plain_share=0.5, n_negatives=1)
+    return make_episodes(RECORDS[:n], rng, relations=None, told_share=1.0, plain_share=0.5, n_negatives=1)
 
 
 def moved(base: Base, signals: Signals, method: Method, passes: int = 1) -> Editor:
     """An editor with no parameter at its start."""
     torch.manual_seed(0)
     rate = 0.1 if passes == 1 else 0.005  # further, and a second pass would see little but rounding
-    editor = Editor(base.targets, EditorSettings(method=method, rank=8, rate=rate, passes=passes))
-    editor.observe(signals, base.read(["Move the town.", "Change who somebody works for.", "Correct the date."]))
+    shape = EditorSettings(method=method, rank=8, rate=rate, passes=passes).for_tasks(2)
+    editor = Editor(base.targets, shape)
+    editor.observe(signals)
+    tell_apart(base, editor, "Task: one", "Task: two")
     editor.fit()
     with torch.no_grad():
         for parameter in editor.parameters():

@@ -30,7 +30,8 @@ def test_weights_and_editor_are_counted_exactly(
     found = estimate_memory(str(checkpoint(name)), plan_load("none", "float32", "cpu"))
     base, settings = load(name), TrainSettings()
     assert found["base"] == sum(p.nbytes for p in base.model.parameters())
-    editor = Editor(base.targets, EditorSettings(rank=settings.rank, n_layers=settings.n_layers))
+    shape = EditorSettings(rank=settings.rank, n_layers=settings.n_layers)
+    editor = Editor(base.targets, shape.for_tasks(6))
     n_bytes = sum(p.nbytes for p in editor.parameters())
     assert found["editor"] == 3 * n_bytes and found["optimiser"] == 2 * n_bytes
     parts = ("base", "activations", "editor", "optimiser", "prefix_store", "libraries")

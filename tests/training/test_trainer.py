@@ -134,7 +134,15 @@ def test_instructedit_reads_training_instructions_alone(
     records = Dataset.load(dataset).records("train")
     training = {text for record in records for text in record.instruction.train}
     told = [request.instruction for _, made in episodes for request in made.requests]
-    assert told and set(told) <= training
+    assert any(told) and set(told) <= {None, *training}
+
+
+def test_a_share_of_edits_comes_without_its_instruction(run: Train, episodes: list[tuple[list[str], Episodes]]) -> None:
+    for dropout, least, most in ((0.0, 0, 0), (0.5, 8, 28), (1.0, 36, 36)):
+        episodes.clear()
+        run(steps=3, batch_size=12, method="instructedit", instruction_dropout=dropout)
+        untold = [request.instruction is None for _, made in episodes for request in made.requests]
+        assert len(untold) == 36 and least <= sum(untold) <= most
 
 
 def test_early_stop_ends(run: Train) -> None:

@@ -1,11 +1,11 @@
-"""Directions against dense second moments: what is damped in keys, and what is kept of instructions."""
+"""What is damped in keys, against dense second moments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ie.editor.directions import Steering, Whitener
+from ie.editor.whitener import Whitener
 
 D = 24
 
@@ -84,37 +84,3 @@ def test_fitting_draws_nothing_from_the_run() -> None:
     state = torch.random.get_rng_state()
     fitted(4, torch.ones(D), inputs())
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-class TestSteering:
-    def read(self, n: int = 300) -> Tensor:
-        """Readings that differ along three directions, around a mean."""
-        generator = torch.Generator().manual_seed(1)
-        told = torch.randn(n, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
-        return told + 0.01 * torch.randn(n, 64, generator=generator) + 7
-
-    def fitted(self) -> Steering:
-        steering = Steering(64)
-        for part in self.read().split(90):  # type: ignore[no-untyped-call]
-            steering.observe(part)
-        steering.fit()
-        return steering
-
-    def test_it_keeps_what_instructions_differ_in(self) -> None:
-        values = self.read()
-        found = self.fitted()(values)
-        centred = values - values.mean(0)
-        assert torch.cosine_similarity(found, centred).min() > 0.9
-        assert abs(found.square().mean() - 1) < 1e-3 and found.mean(0).abs().max() < 1e-4
-
-    def test_what_no_instruction_has_said_steers_nothing(self) -> None:
-        values, steering = self.read(), self.fitted()
-        basis = torch.linalg.svd(values - values.mean(0))[2]
-        foreign = values.mean(0) + 5 * basis[40]
-        assert steering(foreign[None]).norm() < 0.05 * steering(values).norm(dim=1).mean()
-
-    def test_unfitted_and_without_any_instruction_it_is_zero(self) -> None:
-        steering = Steering(64)
-        steering.observe(torch.zeros(0, 64))
-        steering.fit()
-        assert not steering(self.read(3)).any()

@@ -1,0 +1,85 @@
+"""Which of training's kinds of edits an instruction tells of.
+
+What the base makes of an instruction is compared with the means of training's kinds, along the directions that tell
+these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's weight is its probability, were
+each kind a Gaussian of the same covariance, beside one of no kind that is everywhere as likely as a kind is half of the
+way to its nearest neighbour. So an instruction of a kind that training never saw has weights near zero, and its edit is
+made by what all kinds have in common.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ie.base.instructions import Readings
+
+__all__ = ["Kinds"]
+
+_SHRINKAGE = 0.1  # of the covariance within kinds, as a share of its mean eigenvalue
+_FAR = 1e6  # where a kind stands that no instruction told of
+
+
+class Kinds(nn.Module):
+    """Weights of kinds from what is read of instructions; unfitted they are zero.
+
+    Args:
+        d_features: dimension of what is read.
+        n_kinds: how many kinds there are, at least two.
+    """
+
+    mean: Tensor  # (d_features,)
+    directions: Tensor  # (n_kinds - 1, d_features)
+    places: Tensor  # (n_kinds, n_kinds - 1), the kinds' means along the directions
+    reach: Tensor  # (), how far from a kind an instruction is as likely of none
+    count: Tensor
+    total: Tensor
+    moment: Tensor | None  # of what was observed, (d, d) float64: large, and gone once it is fitted
+
+    def __init__(self, d_features: int, n_kinds: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(d_features))
+        self.register_buffer("directions", torch.zeros(n_kinds - 1, d_features))
+        self.register_buffer("places", torch.full((n_kinds, n_kinds - 1), _FAR))
+        self.register_buffer("reach", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(n_kinds, dtype=torch.float64), persistent=False)
+        self.register_buffer("total", torch.zeros(n_kinds, d_features, dtype=torch.float64), persistent=False)
+        self.moment = None
+
+    @torch.no_grad()
+    def observe(self, read: Readings, kind: int) -> None:
+        """Take in what was read of a kind's instructions."""
+        values = read.inputs[read.given].double()
+        self.count[kind] += len(values)
+        self.total[kind] += values.sum(0)
+        moment = values.T @ values
+        self.moment = moment if self.moment is None else self.moment + moment
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Set everything to what was observed; where fewer than two kinds were told of, nothing is."""
+        moment, self.moment = self.moment, None
+        told = self.count > 0
+        if moment is None or int(told.sum()) < 2:
+            return
+        means = self.total[told] / self.count[told, None]
+        within = (moment - self.total[told].T @ means) / self.count.sum()
+        mean_variance = within.trace().clamp(min=1e-12) / len(within)
+        within += _SHRINKAGE * mean_variance * torch.eye(len(within), device=within.device)
+        root = torch.linalg.cholesky(within)
+        mean = means.mean(0)
+        apart = torch.linalg.solve_triangular(root, (means - mean).T, upper=False)  # in deviations within a kind
+        basis = torch.linalg.svd(apart, full_matrices=False)[0][:, : len(means) - 1]
+        directions = torch.linalg.solve_triangular(root.T, basis, upper=True).T
+        places = (means - mean) @ directions.T
+        self.mean.copy_(mean)
+        self.directions[: len(directions)] = directions.float()
+        self.places[told] = nn.functional.pad(places, (0, len(told) - len(means))).float()
+        self.reach.copy_(nn.functional.pdist(places).min() / 2)
+
+    def forward(self, read: Readings) -> Tensor:
+        """Weights (n, n_kinds) float32 of n instructions, each row of a sum below 1; zeros where there is none."""
+        at = (read.inputs - self.mean) @ self.directions.T
+        near = -0.5 * (at[:, None] - self.places).square().sum(-1)
+        of_none = (-0.5 * self.reach.square()).expand(len(near), 1)
+        return torch.cat((near, of_none), 1).softmax(-1)[:, :-1] * read.given[:, None]

@@ -1,0 +1,119 @@
+"""Which kind an instruction tells of, against Gaussians written out."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from ie.base.instructions import Readings
+from ie.editor.kinds import Kinds
+
+D, N_KINDS = 12, 3
+
+
+def readings(values: Tensor) -> Readings:
+    return Readings(values, torch.ones(len(values), dtype=torch.bool))
+
+
+def observed(n: int = 200) -> list[Tensor]:
+    """Readings of three kinds that spread alike, one direction five times as far as the others."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.ones(D).index_fill(0, torch.tensor([2]), 5.0)
+    means = 4 * torch.randn(N_KINDS, D, generator=generator) + 7
+    return [mean + spread * torch.randn(n, D, generator=generator) for mean in means]
+
+
+def fitted(values: list[Tensor]) -> Kinds:
+    kinds = Kinds(D, N_KINDS)
+    for kind, told in enumerate(values):
+        for part in told.split(90):  # type: ignore[no-untyped-call]
+            kinds.observe(readings(part), kind)
+    kinds.fit()
+    return kinds
+
+
+def covariance(values: list[Tensor]) -> Tensor:
+    centred = torch.cat([one - one.mean(0) for one in values]).double()
+    within = centred.T @ centred / len(centred)
+    return within + 0.1 * within.trace() / D * torch.eye(D, dtype=torch.float64)
+
+
+def test_weights_are_the_probabilities_of_gaussians_of_one_covariance() -> None:
+    """Among kinds: what an instruction says across the discriminants is as likely of each."""
+    values = observed()
+    kinds, within = fitted(values), covariance(values)
+    means = torch.stack([one.mean(0) for one in values]).double()
+    asked = torch.cat([one[:40] for one in values])
+    gaussians = torch.distributions.MultivariateNormal(means, within)
+    expected = gaussians.log_prob(asked.double()[:, None]).softmax(-1).float()
+    found = kinds(readings(asked))
+    torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected, atol=1e-4, rtol=1e-3)
+    assert (found.argmax(-1) == torch.arange(N_KINDS).repeat_interleave(40)).float().mean() > 0.95
+
+
+def test_of_no_kind_is_as_likely_half_of_the_way_to_the_nearest() -> None:
+    values = observed()
+    kinds, within = fitted(values), covariance(values)
+    means = torch.stack([one.mean(0) for one in values])
+    inverse = torch.linalg.inv(within).float()
+    apart = {
+        (i, j): float((means[i] - means[j]) @ inverse @ (means[i] - means[j]))
+        for i, j in itertools.combinations(range(N_KINDS), 2)
+    }
+    (i, j), squared = min(apart.items(), key=lambda item: item[1])
+    torch.testing.assert_close(float(kinds.reach), squared**0.5 / 2, atol=1e-3, rtol=1e-3)
+    (halfway,) = kinds(readings((means[i] + means[j])[None] / 2))
+    torch.testing.assert_close(halfway[[i, j]], torch.full((2,), 1 / 3), atol=1e-2, rtol=0)
+
+
+def test_what_no_kind_has_said_has_no_weight() -> None:
+    values = observed()
+    kinds = fitted(values)
+    mean = torch.stack([one.mean(0) for one in values]).mean(0)
+    beyond = mean + 10 * (values[0].mean(0) - mean) + 10 * (mean - values[1].mean(0))
+    assert kinds(readings(beyond[None])).sum() < 1e-3
+    assert (kinds(readings(torch.cat([one.mean(0)[None] for one in values]))).amax(-1) > 0.95).all()
+
+
+def test_without_an_instruction_weights_are_zero() -> None:
+    kinds = fitted(observed())
+    given = torch.tensor([False, True])
+    found = kinds(Readings(observed()[0][:2] * given[:, None], given))
+    assert not found[0].any() and found[1].any()
+
+
+def test_unfitted_weights_are_zero() -> None:
+    kinds = Kinds(D, N_KINDS)
+    kinds.fit()
+    assert not kinds(readings(torch.randn(4, D))).any()
+    for kind in range(N_KINDS):  # only one was told of
+        told = torch.randn(5, D)
+        kinds.observe(Readings(told, torch.full((5,), kind == 1)), kind)
+    kinds.fit()
+    assert not kinds(readings(torch.randn(4, D))).any()
+
+
+def test_a_kind_without_instructions_gets_no_weight() -> None:
+    values = observed()
+    kinds = Kinds(D, N_KINDS + 1)
+    for kind, told in zip((0, 1, 3), values, strict=True):
+        kinds.observe(readings(told), kind)
+    kinds.fit()
+    asked = torch.cat([one[:40] for one in values])
+    found, expected = kinds(readings(asked)), fitted(values)(readings(asked))
+    assert not found[:, 2].any()
+    torch.testing.assert_close(found[:, [0, 1, 3]], expected, atol=1e-4, rtol=1e-3)
+    assert all(tensor.isfinite().all() for tensor in kinds.state_dict().values())
+
+
+def test_kinds_of_one_instruction_each_are_told_apart() -> None:
+    """No spread at all within a kind."""
+    values = [one[:1].repeat(3, 1) for one in observed()]
+    found = fitted(values)(readings(torch.cat([one[:1] for one in values])))
+    torch.testing.assert_close(found, torch.eye(N_KINDS))
+
+
+def test_sums_are_not_saved() -> None:
+    assert Kinds(D, N_KINDS).state_dict().keys() == {"mean", "directions", "places", "reach"}
