@@ -18,6 +18,7 @@ from benchmarks.workload import SETTINGS, Training, draw_episodes
 from ie.base.load import load_base
 from ie.base.plan import meta_model, plan_load
 from ie.base.targets import find_targets
+from ie.data.dataset import Dataset
 from ie.editor.editor import Editor, EditorSettings
 from ie.training.memory import peak_memory_bytes
 
@@ -32,9 +33,9 @@ def train_ours(folder: Path, data: Path) -> None:
         run.step(episodes)
 
 
-def train_reference(folder: Path, data: Path, rank: int) -> None:
+def train_reference(folder: Path, data: Path, settings: EditorSettings) -> None:
     """The same episodes, one at a time."""
-    editor = Editor(find_targets(meta_model(str(folder))), EditorSettings(rank=rank)).to(plan_load().device)
+    editor = Editor(find_targets(meta_model(str(folder))), settings).to(plan_load().device)
     reference = Reference(folder, editor)
     optimiser = torch.optim.Adam(editor.parameters(), lr=1e-6)
     for episodes in draw_episodes(data, 1):
@@ -49,8 +50,12 @@ def main(side: str, folder: str, data: str) -> None:
     """Train, then write the peak as JSON."""
     if side == "ours":
         train_ours(Path(folder), Path(data))
+    elif side.endswith("1920"):  # the paper's, which makes no difference between kinds
+        train_reference(Path(folder), Path(data), EditorSettings(rank=1920))
     else:
-        train_reference(Path(folder), Path(data), 1920 if side.endswith("1920") else SETTINGS.rank)
+        n_tasks = len(set(Dataset.load(Path(data)).tasks) - set(SETTINGS.holdout))
+        ours = EditorSettings.model_validate(SETTINGS, from_attributes=True).for_tasks(n_tasks)
+        train_reference(Path(folder), Path(data), ours)
     sys.stdout.write(json.dumps({"peak_bytes": peak_memory_bytes()}))
 
 

@@ -73,7 +73,7 @@ class TrainSettings(BaseModel):
     balance: bool = True
     force: bool = False
     batch_size: PositiveInt = 16
-    rank: PositiveInt = 128
+    rank: PositiveInt = 64
     n_layers: NonNegativeInt = 2
     rate: PositiveFloat = 4e-3
     opening_share: PositiveFloat = 0.1
