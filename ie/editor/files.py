@@ -132,6 +132,11 @@ def load_editor(folder: Path, base: Base) -> tuple[Editor, EditorInfo]:
         BaseMismatchError: if it was trained for another base model.
     """
     info = load_info(folder)
+    if info.format_version < FORMAT_VERSION:
+        raise EditorError(
+            f"{folder} has format version {info.format_version}: its network is an earlier one than this ie's",
+            hint="train it again",
+        )
     if info.base.fingerprint != base.fingerprint:
         raise BaseMismatchError(
             f"the editor {folder} was trained for {info.base.id} (fingerprint {info.base.fingerprint}), "
