@@ -3,8 +3,9 @@
 What the base makes of an instruction is compared with the means of training's kinds, along the directions that tell
 these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's weight is its probability, were
 each kind a Gaussian of the same covariance, beside one of no kind that is everywhere as likely as a kind is half of the
-way to its nearest neighbour. So an instruction of a kind that training never saw has weights near zero, and its edit is
-made by what all kinds have in common.
+way to its nearest neighbour. An instruction of no kind that training knows is of all of them alike: what they disagree
+on evens out, and such edits spread further and spill less than those of what kinds have in common alone
+(docs/experiments.md). That alone makes edits without an instruction.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FAR = 1e6  # where a kind stands that no instruction told of
 
 
 class Kinds(nn.Module):
-    """Weights of kinds from what is read of instructions; unfitted they are zero.
+    """Weights of kinds from what is read of instructions; unfitted they are all the same.
 
     Args:
         d_features: dimension of what is read.
@@ -78,8 +79,9 @@ class Kinds(nn.Module):
         self.reach.copy_(nn.functional.pdist(places).min() / 2)
 
     def forward(self, read: Readings) -> Tensor:
-        """Weights (n, n_kinds) float32 of n instructions, each row of a sum below 1; zeros where there is none."""
+        """Weights (n, n_kinds) float32 of n instructions, each row of sum 1; zeros where there is none."""
         at = (read.inputs - self.mean) @ self.directions.T
         near = -0.5 * (at[:, None] - self.places).square().sum(-1)
         of_none = (-0.5 * self.reach.square()).expand(len(near), 1)
-        return torch.cat((near, of_none), 1).softmax(-1)[:, :-1] * read.given[:, None]
+        weights, of_none = torch.cat((near, of_none), 1).softmax(-1).split((len(self.places), 1), 1)
+        return (weights + of_none / len(self.places)) * read.given[:, None]

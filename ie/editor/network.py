@@ -104,11 +104,9 @@ class _Layer(nn.Module):
         gate, added = self.common(signal, module)
         for route in routes:
             parts = self.kinds[route.kind](signal[route.rows], module[route.rows])
-            # Under autocast parts come in bf16 and their weights do not.
-            gate, added = (
-                whole.index_add(0, route.rows, (route.weight * part).to(whole.dtype))
-                for whole, part in zip((gate, added), parts, strict=True)
-            )
+            for whole, part in zip((gate, added), parts, strict=True):
+                # Under autocast parts come in bf16 and their weights do not.
+                whole.index_add_(0, route.rows, (route.weight * part).to(whole.dtype))
         return torch.addcmul(added, 1 + torch.tanh(gate), signal)
 
 
