@@ -83,5 +83,5 @@ class Kinds(nn.Module):
         at = (read.inputs - self.mean) @ self.directions.T
         near = -0.5 * (at[:, None] - self.places).square().sum(-1)
         of_none = (-0.5 * self.reach.square()).expand(len(near), 1)
-        weights, of_none = torch.cat((near, of_none), 1).softmax(-1).split((len(self.places), 1), 1)
-        return (weights + of_none / len(self.places)) * read.given[:, None]
+        shares = torch.cat((near, of_none), 1).softmax(-1)
+        return (shares[:, :-1] + shares[:, -1:] / len(self.places)) * read.given[:, None]
