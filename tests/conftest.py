@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Nothing in the suite may wait for a network: set before any library reads it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Threads wait for each other at every operation: with two, on a busy machine, tiny models take fifty times as long.
+# Read when torch is imported, here and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Figures and bits here are a CPU's, whatever machine this is; tests/gpu starts processes that see a GPU.
 if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
     os.environ["IE_TEST_GPUS"] = visible
@@ -40,12 +43,7 @@ def published_data() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Tiny checkpoints by architecture and seed, each written once; the Llama-like ones begin every text by a token."""
-    import torch  # here: it takes seconds, and most tests need none
-
-    from tests.models import save_model
-
-    # Threads wait for each other at every operation: on a busy machine tiny models take fifty times as long with two.
-    torch.set_num_threads(1)
+    from tests.models import save_model  # here: it imports torch, which takes seconds, and most tests need none
 
     @cache
     def folder(name: str, seed: int = 0) -> Path:

@@ -47,7 +47,8 @@ class Whitener(nn.Module):
         if self.moment is None:
             return
         moment, self.moment = self.moment, None
-        moment.div_(std).div_(std[:, None])
+        # Directions are no better in float64, in which their products take twice to three times as long.
+        moment = moment.div_(std).div_(std[:, None]).float()
         n, mean = len(self.directions), moment.trace() / len(moment)
         with torch.random.fork_rng(devices=[moment.device] if moment.is_cuda else []):
             torch.manual_seed(0)

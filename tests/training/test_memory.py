@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -77,7 +76,6 @@ def peak_of(settings: TrainSettings, answer: Connection) -> None:
     """In a process of its own: train, and say how much it has held at most."""
     from ie.training.trainer import train
 
-    torch.set_num_threads(1)
     answer.send(train(settings)["peak_memory_bytes"])
 
 
@@ -116,10 +114,7 @@ def test_out_of_memory_ends_with_a_sentence(checkpoint: Callable[..., Path], dat
         "resource.setrlimit(resource.RLIMIT_AS, (n + 150_000_000,) * 2); main()"
     )
     args = ["train", "--model", checkpoint("llama"), "--data", dataset, "--out", tmp_path / "e", "--batch-size", 2000]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     last = done.stderr.splitlines()[-2:]
     assert last[0].startswith("error: out of memory on cpu: this training needs about"), done.stderr
