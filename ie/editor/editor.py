@@ -13,6 +13,7 @@ all tokens and modules of an edit, since they vanish as the target becomes likel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ie.base.capture import Signals
 from ie.base.targets import EditTarget, read_target
 from ie.base.update import Factors
-from ie.editor.kinds import Kinds
+from ie.editor.kinds import Kinds, opened
 from ie.editor.network import Hypernetwork, routes
 from ie.editor.normaliser import Normaliser
 from ie.editor.whitener import Whitener
@@ -33,6 +34,7 @@ __all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 Method = Literal["instructedit", "mend", "instructedit-joint"]
 JOINT: Method = "instructedit-joint"
 _REGULARISATION = 0.1
+_CARE = 0.8  # of what kinds' rates are in the mean, for an edit of a kind that training never saw (docs/experiments.md)
 _LEAST_SIZE = 1e-6  # of an edit's normalised deltas: a target that is certain has no gradient left to scale up
 
 
@@ -111,14 +113,18 @@ class Editor(nn.Module):
 
         Args:
             target: the edit target.
-            kinds: (n_edits, n_kinds) float32, the weights of each edit's kinds; None for edits of no kind.
+            kinds: (n_edits, n_kinds + 1) float32, each edit's shares of kinds and of none; None without instructions.
 
         Returns:
             (n_edits, 2) float32; (1, 2) without kinds.
         """
-        common, of_kinds = self.log_rates[_key(target.name)].split((1, self.settings.n_kinds))
-        logarithms: Tensor = common if kinds is None else common + (kinds[:, :, None] * of_kinds).sum(1)
-        return logarithms.exp()
+        logarithms: Tensor = self.log_rates[_key(target.name)]
+        if kinds is None:
+            return logarithms[:1].exp()
+        of_kinds = logarithms[1:]
+        of_none = of_kinds.mean(0, keepdim=True) + math.log(_CARE)
+        moved = (kinds[:, :, None] * torch.cat((of_kinds, of_none))).sum(1)
+        return (logarithms[:1] + moved).exp()
 
     def regularisations(self) -> dict[str, Tensor | float]:
         """λ of a joint update for each module path, see `ie.editor.least_squares`: learned, or 0.1 throughout."""
@@ -161,7 +167,7 @@ class Editor(nn.Module):
 
         Args:
             signals: of n edits, by module.
-            kinds: (n, n_kinds) float32, the weights of each edit's kinds; None for edits of no kind.
+            kinds: (n, n_kinds + 1) float32, each edit's shares of kinds and of none; None without instructions.
             keys: A of an earlier pass, to be kept; None makes it.
 
         Returns:
@@ -170,6 +176,7 @@ class Editor(nn.Module):
         """
         update: dict[str, Factors] = {}
         normal = self._normal(signals)
+        weights = None if kinds is None else opened(kinds)
         for (d_in, d_out), group in self._groups().items():
             sizes = [len(normal[target.name]) for target in group]
             index = torch.arange(len(group), device=normal[group[0].name].device)
@@ -177,7 +184,7 @@ class Editor(nn.Module):
             edit = torch.cat([signals.modules[target.name].edit for target in group])
             network = self.networks[f"{d_in}x{d_out}"]
             joined = torch.cat([normal[target.name] for target in group])
-            pseudo = network(joined, module, routes(kinds, edit)).split(sizes)
+            pseudo = network(joined, module, routes(weights, edit)).split(sizes)
             for target, part in zip(group, pseudo, strict=True):
                 seen = signals.modules[target.name]
                 u, delta = part.split((d_in, d_out), -1)

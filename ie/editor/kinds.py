@@ -1,11 +1,10 @@
 """Which of training's kinds of edits an instruction tells of.
 
 What the base makes of an instruction is compared with the means of training's kinds, along the directions that tell
-these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's weight is its probability, were
+these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's share is its probability, were
 each kind a Gaussian of the same covariance, beside one of no kind that is everywhere as likely as a kind is half of the
-way to its nearest neighbour. An instruction of no kind that training knows is of all of them alike: what they disagree
-on evens out, and such edits spread further and spill less than those of what kinds have in common alone
-(docs/experiments.md). That alone makes edits without an instruction.
+way to its nearest neighbour. What is of no kind that training knows opens the parts of all of them alike, so that what
+they disagree on evens out (docs/experiments.md). Edits without an instruction open none.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from ie.base.instructions import Readings
 
-__all__ = ["Kinds"]
+__all__ = ["Kinds", "opened"]
 
 _SHRINKAGE = 0.1  # of the covariance within kinds, as a share of its mean eigenvalue
 _FAR = 1e6  # where a kind stands that no instruction told of
 
 
 class Kinds(nn.Module):
-    """Weights of kinds from what is read of instructions; unfitted they are all the same.
+    """Shares of kinds from what is read of instructions; unfitted every instruction is of none.
 
     Args:
         d_features: dimension of what is read.
@@ -79,9 +78,13 @@ class Kinds(nn.Module):
         self.reach.copy_(nn.functional.pdist(places).min() / 2)
 
     def forward(self, read: Readings) -> Tensor:
-        """Weights (n, n_kinds) float32 of n instructions, each row of sum 1; zeros where there is none."""
+        """Shares (n, n_kinds + 1) float32 of n instructions, the last that of no kind; zeros without an instruction."""
         at = (read.inputs - self.mean) @ self.directions.T
         near = -0.5 * (at[:, None] - self.places).square().sum(-1)
         of_none = (-0.5 * self.reach.square()).expand(len(near), 1)
-        shares = torch.cat((near, of_none), 1).softmax(-1)
-        return (shares[:, :-1] + shares[:, -1:] / len(self.places)) * read.given[:, None]
+        return torch.cat((near, of_none), 1).softmax(-1) * read.given[:, None]
+
+
+def opened(shares: Tensor) -> Tensor:
+    """How far each kind's part counts, (n, n_kinds), for shares (n, n_kinds + 1): what is of none is of all alike."""
+    return shares[:, :-1] + shares[:, -1:] / (shares.shape[1] - 1)

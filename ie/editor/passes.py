@@ -150,7 +150,7 @@ def _eased(editor: Editor, signals: Signals, update: Update, at_first: Tensor) -
 
 
 def _asked(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> tuple[TokenBatch, Tensor | None]:
-    """The requests as a user will ask them, and the weights (n, n_kinds) of the kinds that instructions tell of."""
+    """The requests as a user will ask them, and the shares (n, n_kinds + 1) of kinds that instructions tell of."""
     batch = collate_requests(base, plain(requests))
     if editor.kinds is None:
         return batch, None

@@ -37,7 +37,7 @@ def plain(base: Base, n_layers: int = 0) -> Editor:
     return Editor(base.targets, EditorSettings(rate=1.0, n_layers=n_layers))
 
 
-KINDS = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.2, 0.7], [0.0, 1.0]])  # of REQUESTS
+KINDS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.5, 0.3], [0.0, 0.0, 1.0]])  # shares, of REQUESTS
 
 
 def trained(base: Base) -> Editor:
@@ -186,7 +186,9 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
             h = torch.cat(((u - u_norm.mean) / u_norm.std, delta / delta_norm.std))
             for layer in editor.networks[shape].layers:  # type: ignore[union-attr]
                 gate, added = torch.zeros(()), torch.zeros_like(h)
-                for part, share in zip((layer.common, *layer.kinds), [1, *KINDS[edit]], strict=True):
+                *shares, of_none = KINDS[edit]
+                weights = [1, *(share + of_none / 2 for share in shares)]
+                for part, share in zip((layer.common, *layer.kinds), weights, strict=True):
                     low = part.scale[index] * (h @ part.down) + part.shift[index]
                     hidden = low * low.sigmoid()
                     gate = gate + share * (part.gate[index] @ hidden)
@@ -194,7 +196,8 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
                 h = (1 + torch.tanh(gate)) * h + added
             pseudo_u, pseudo_delta = (h[: target.d_in] / u_norm.std).double(), h[target.d_in :].double()
             logarithms = editor.log_rates[key][:, int(opening)]
-            rate = (logarithms[0] + KINDS[edit] @ logarithms[1:]).exp().item()
+            of_none = 0.8 * logarithms[1:].exp().prod() ** (1 / 2)  # a known kind's mean, and less of it
+            rate = (logarithms[0] + KINDS[edit] @ torch.cat((logarithms[1:], of_none.log()[None]))).exp().item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()
         for edit in range(len(REQUESTS)):
             expected = change[edit].float()

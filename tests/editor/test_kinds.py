@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ie.base.instructions import Readings
-from ie.editor.kinds import Kinds
+from ie.editor.kinds import Kinds, opened
 
 D, N_KINDS = 12, 3
+OF_NONE = torch.eye(N_KINDS + 1)[-1:]
 
 
 def readings(values: Tensor) -> Readings:
@@ -40,7 +41,7 @@ def covariance(values: list[Tensor]) -> Tensor:
     return within + 0.1 * within.trace() / D * torch.eye(D, dtype=torch.float64)
 
 
-def test_weights_are_the_probabilities_of_gaussians_of_one_covariance() -> None:
+def test_shares_are_the_probabilities_of_gaussians_of_one_covariance() -> None:
     """Among kinds: what an instruction says across the discriminants is as likely of each."""
     values = observed()
     kinds, within = fitted(values), covariance(values)
@@ -50,7 +51,8 @@ def test_weights_are_the_probabilities_of_gaussians_of_one_covariance() -> None:
     gaussians = torch.distributions.MultivariateNormal(means, within)
     expected = gaussians.log_prob(asked.double()[:, None]).softmax(-1).float()
     found = kinds(readings(asked))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found[:, :-1], expected, atol=1e-4, rtol=1e-3)
+    assert not found[:, -1].any()
     assert (found.argmax(-1) == torch.arange(N_KINDS).repeat_interleave(40)).float().mean() > 0.95
 
 
@@ -66,40 +68,45 @@ def test_of_no_kind_is_as_likely_half_of_the_way_to_the_nearest() -> None:
     (i, j), squared = min(apart.items(), key=lambda item: item[1])
     torch.testing.assert_close(float(kinds.reach), squared**0.5 / 2, atol=1e-3, rtol=1e-3)
     (halfway,) = kinds(readings((means[i] + means[j])[None] / 2))
-    expected = torch.full((N_KINDS,), 1 / 9)  # a third is of none, and that is of all kinds alike
-    expected[[i, j]] += 1 / 3
+    expected = torch.zeros(N_KINDS + 1)
+    expected[[i, j, -1]] = 1 / 3
     torch.testing.assert_close(halfway, expected, atol=1e-2, rtol=0)
 
 
-def test_what_no_kind_has_said_is_of_all_alike() -> None:
+def test_what_no_kind_has_said_is_of_none() -> None:
     values = observed()
     kinds = fitted(values)
     mean = torch.stack([one.mean(0) for one in values]).mean(0)
     beyond = mean + 10 * (values[0].mean(0) - mean) + 10 * (mean - values[1].mean(0))
-    torch.testing.assert_close(kinds(readings(beyond[None])), torch.full((1, N_KINDS), 1 / N_KINDS), atol=1e-3, rtol=0)
-    assert (kinds(readings(torch.cat([one.mean(0)[None] for one in values]))).amax(-1) > 0.95).all()
+    torch.testing.assert_close(kinds(readings(beyond[None])), OF_NONE, atol=1e-3, rtol=0)
+    assert (kinds(readings(torch.cat([one.mean(0)[None] for one in values])))[:, :-1].amax(-1) > 0.95).all()
 
 
-def test_without_an_instruction_weights_are_zero() -> None:
+def test_what_is_of_none_opens_all_parts_alike() -> None:
+    shares = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    weights = torch.tensor([[0.6, 0.3, 0.1], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(opened(shares), weights)
+
+
+def test_without_an_instruction_shares_are_zero() -> None:
     kinds = fitted(observed())
     given = torch.tensor([False, True])
     found = kinds(Readings(observed()[0][:2] * given[:, None], given))
     assert not found[0].any() and found[1].any()
 
 
-def test_unfitted_all_weigh_alike() -> None:
+def test_unfitted_all_is_of_none() -> None:
     kinds = Kinds(D, N_KINDS)
-    alike = torch.full((4, N_KINDS), 1 / N_KINDS)
     kinds.fit()
-    torch.testing.assert_close(kinds(readings(torch.randn(4, D))), alike)
+    torch.testing.assert_close(kinds(readings(torch.randn(4, D))), OF_NONE.expand(4, -1))
     for kind in range(N_KINDS):  # only one was told of
         told = torch.randn(5, D)
         kinds.observe(Readings(told, torch.full((5,), kind == 1)), kind)
     kinds.fit()
-    torch.testing.assert_close(kinds(readings(torch.randn(4, D))), alike)
+    torch.testing.assert_close(kinds(readings(torch.randn(4, D))), OF_NONE.expand(4, -1))
 
 
-def test_a_kind_without_instructions_has_only_its_share_of_none() -> None:
+def test_a_kind_without_instructions_has_no_share() -> None:
     values = observed()
     kinds = Kinds(D, N_KINDS + 1)
     for kind, told in zip((0, 1, 3), values, strict=True):
@@ -107,9 +114,8 @@ def test_a_kind_without_instructions_has_only_its_share_of_none() -> None:
     kinds.fit()
     asked = torch.cat([one[:40] for one in values])
     found, expected = kinds(readings(asked)), fitted(values)(readings(asked))
-    share = found[:, 2:3]  # of none, a quarter of it
-    torch.testing.assert_close(found[:, [0, 1, 3]] - share, expected - share * 4 / 3, atol=1e-4, rtol=1e-3)
-    assert share.median() < 1e-3
+    torch.testing.assert_close(found[:, [0, 1, 3, 4]], expected, atol=1e-4, rtol=1e-3)
+    assert not found[:, 2].any()
     assert all(tensor.isfinite().all() for tensor in kinds.state_dict().values())
 
 
@@ -117,7 +123,7 @@ def test_kinds_of_one_instruction_each_are_told_apart() -> None:
     """No spread at all within a kind."""
     values = [one[:1].repeat(3, 1) for one in observed()]
     found = fitted(values)(readings(torch.cat([one[:1] for one in values])))
-    torch.testing.assert_close(found, torch.eye(N_KINDS))
+    torch.testing.assert_close(found, torch.eye(N_KINDS, N_KINDS + 1))
 
 
 def test_sums_are_not_saved() -> None:

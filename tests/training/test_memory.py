@@ -55,7 +55,7 @@ BASES: dict[str, tuple[PreTrainedConfig, dict[str, int]]] = {
     "gpt2": (
         GPT2Config(n_layer=5, n_embd=1024, n_head=8, n_inner=4096, vocab_size=24000, n_positions=256, bos_token_id=0,
                    eos_token_id=0),
-        {"rank": 16, "n_validation": 4, "batch_size": 2, "n_fit": 4},
+        {"rank": 16, "n_validation": 4, "batch_size": 2, "n_fit": 4, "n_whitened": 8},
     ),
     # Activations are.
     "llama": (
@@ -67,7 +67,7 @@ BASES: dict[str, tuple[PreTrainedConfig, dict[str, int]]] = {
     "qwen3": (
         Qwen3Config(vocab_size=4000, hidden_size=640, intermediate_size=2560, num_hidden_layers=4, head_dim=80,
                     num_attention_heads=8, num_key_value_heads=4, bos_token_id=0, eos_token_id=0),
-        {"rank": 1280, "n_validation": 4, "batch_size": 4, "n_fit": 4},
+        {"rank": 1280, "n_validation": 4, "batch_size": 4, "n_fit": 4, "n_whitened": 8},
     ),
 }  # fmt: skip
 
