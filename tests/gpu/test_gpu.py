@@ -71,7 +71,7 @@ def test_every_command(quant: str, dataset: Path, tmp_path: Path) -> None:
     assert shown["previews"][0]["after"] == made["after"]
     ie("apply-patch", patch, "--device", "cpu", "--quant", "none", "--merge", tmp_path / "merged")
 
-    report = ie("eval", "--editor", editor, "--data", dataset, "--limit", 5, "--controls", "--quant", quant)
+    report = ie("eval", "--editor", editor, "--data", dataset, "--limit", 2, "--controls", "--quant", quant)
     assert {row["method"] for row in report["rows"]} == {"none", "instructedit"}
 
 
