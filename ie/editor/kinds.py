@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ie.base.instructions import Readings
+from ie.editor.whitener import add_moment
 
 __all__ = ["Kinds", "opened"]
 
 _SHRINKAGE = 0.1  # of the covariance within kinds, as a share of its mean eigenvalue
+_ROUNDING = 1e-8  # of the second moment: what a variance may come out as that is zero, and more
 _FAR = 1e6  # where a kind stands that no instruction told of
 
 
@@ -52,8 +54,7 @@ class Kinds(nn.Module):
         values = read.inputs[read.given].double()
         self.count[kind] += len(values)
         self.total[kind] += values.sum(0)
-        moment = values.T @ values
-        self.moment = moment if self.moment is None else self.moment + moment
+        self.moment = add_moment(self.moment, values)
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -64,7 +65,8 @@ class Kinds(nn.Module):
             return
         means = self.total[told] / self.count[told, None]
         within = (moment - self.total[told].T @ means) / self.count.sum()
-        mean_variance = within.trace().clamp(min=1e-12) / len(within)
+        least = (_ROUNDING * moment.trace()).clamp(min=1e-12)  # of kinds with a single instruction each none is left
+        mean_variance = within.trace().clamp(min=least) / len(within)
         within += _SHRINKAGE * mean_variance * torch.eye(len(within), device=within.device)
         root = torch.linalg.cholesky(within)
         mean = means.mean(0)

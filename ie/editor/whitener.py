@@ -11,10 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Whitener"]
+__all__ = ["Whitener", "add_moment"]
 
 _SHRINKAGE = 0.05  # of the second moment, as a share of its mean eigenvalue
 _N_ITERATIONS = 8  # of the subspace that converges to the first directions
+
+
+def add_moment(moment: Tensor | None, values: Tensor) -> Tensor:
+    """Add the second moment of values (n, d) to a sum of such (d, d), in place; None begins one.
+
+    A copy beside it, as large as a module's weight in double, would be the peak of a training's memory.
+    """
+    if moment is None:
+        moment = values.new_zeros(values.shape[1], values.shape[1])
+    return moment.addmm_(values.T, values)
 
 
 class Whitener(nn.Module):
@@ -37,9 +47,7 @@ class Whitener(nn.Module):
     @torch.no_grad()
     def observe(self, values: Tensor) -> None:
         """Take in values (n, d_features)."""
-        values = values.double()
-        moment = values.T @ values
-        self.moment = moment if self.moment is None else self.moment + moment
+        self.moment = add_moment(self.moment, values.double())
 
     @torch.no_grad()
     def fit(self, std: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ie.editor.whitener import Whitener
+from ie.editor.whitener import Whitener, add_moment
 
 D = 24
 
@@ -78,6 +78,14 @@ def test_unfitted_it_is_the_identity_and_fitted_it_keeps_no_large_matrix() -> No
     assert torch.equal(Whitener(D, 4)(values), values)
     whitener = fitted(4, torch.ones(D), values)
     assert whitener.moment is None and whitener.state_dict().keys() == {"directions"}
+
+
+def test_observing_keeps_one_large_matrix() -> None:
+    first, second = inputs().double().split(200)  # type: ignore[no-untyped-call]
+    moment = add_moment(None, first)
+    assert add_moment(moment, second).data_ptr() == moment.data_ptr()
+    values = torch.cat((first, second))
+    torch.testing.assert_close(moment, values.T @ values)
 
 
 def test_fitting_draws_nothing_from_the_run() -> None:
