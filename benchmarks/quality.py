@@ -38,13 +38,7 @@ SOURCES = (
 # The same facts twice: in one task the instruction says that other wordings follow, in the other that they must not.
 SCOPES = tuple(f"{task}=counterfact/counterfact-{part}.json" for task in CONFLICTING for part in ("train", "val"))
 
-# Chosen for published facts, where an edit spreads to the same relation of other subjects first (docs/experiments.md).
-SETTINGS = {
-    "balance": False, "related_negatives": True, "n_negatives": 1, "locality_weight": 1.5, "batch_size": 8,
-    "rank": 256, "learning_rate": 2e-3, "rate": 1.5e-3, "rate_learning_rate": 3e-2,
-    "n_validation": 0,  # the last editor is kept: what validation picks is chance (docs/experiments.md)
-}  # fmt: skip
-CONFIG = "training.yaml"
+CONFIG = "published-facts"
 # zsre is held out and has no specialist: no editor may have seen it.
 COMPARED: dict[str, tuple[str, ...]] = {
     "instructedit": (),
@@ -78,7 +72,6 @@ def train(folder: Path, base: Path, name: str, seed: int, minutes: float, *more:
 
 def train_all(folder: Path, base: Path, seeds: Sequence[int], minutes: float) -> None:
     """Every editor of every seed, as many at once as there are cores."""
-    (folder / CONFIG).write_text(json.dumps(SETTINGS), encoding="utf-8")  # JSON is YAML
     with ThreadPoolExecutor(N_AT_ONCE) as pool:
         running = [
             pool.submit(train, folder, base, name, seed, minutes if name in OF_ALL_TASKS else minutes / N_TASKS, *more)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import ie
-from benchmarks.quality import N_AT_ONCE, SETTINGS, THREADS, build
+from benchmarks.quality import CONFIG, N_AT_ONCE, THREADS, build
 from benchmarks.verdict import JUDGED
+from ie.training.config import find_config, read_config
 
 ROWS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -62,7 +63,8 @@ def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: i
     key = f"{name.replace(' ', '-')}-{seed}-{steps}"
     found = folder / f"{key}.json"
     if not found.exists():
-        (folder / f"{key}.yaml").write_text(json.dumps({**SETTINGS, **ROWS[name]}), encoding="utf-8")  # JSON is YAML
+        settings = read_config(find_config(CONFIG)) | ROWS[name]
+        (folder / f"{key}.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
         common = ("--model", str(base.resolve()), "--data", "data", "--seed", str(seed), "--force")
         config = ("--config", f"{key}.yaml", "--steps", str(steps), "--out", key)
         trained = ie(folder, "train", *common, *config, threads=THREADS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def narrow(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def test_all_ready_configurations_are_tested() -> None:
-    assert set(ready_configs()) == set(SHAPES)
+    assert set(ready_configs()) == {*SHAPES, "published-facts"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -100,6 +101,18 @@ def test_a_ready_configuration_trains_in_8_bits(name: str, tmp_path: Path, datas
     assert info.base.quant == "8bit" and info.training["dtype"] == "bfloat16"
     written = yaml.safe_load((tmp_path / "editor" / "config.yaml").read_text())
     assert written["steps"] == 3 and written["quant"] == "8bit"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_configuration_for_published_facts_trains_any_base(
+    name: str, checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    values = read_config(find_config("published-facts"))
+    assert not {"model", "quant", "dtype"} & values.keys()
+    here = {"model": str(checkpoint(name)), "data": dataset, "out": tmp_path / "editor", "device": "cpu"}
+    result = train(TrainSettings.model_validate(values | here | {"n_fit": 4, "steps": 3}))
+    assert result["steps"] == result["best_step"] == 3  # the last editor is kept
+    assert result["episodes"] == 3 * values["batch_size"]
 
 
 def test_a_written_configuration_gives_the_same_settings(tmp_path: Path) -> None:
