@@ -10,7 +10,7 @@ demo: $(VENV)/.installed ## build, train, edit and report on the bundled base
 	$(BIN)/ie demo
 
 test: $(VENV)/.installed-dev ## the whole suite, on every core; pass options by ARGS="-k name"
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style, format, types
 	$(BIN)/ruff check .

@@ -28,6 +28,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 runtime.prepare()  # as `ie` itself does
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in with_slow)
+
+
 @pytest.fixture(scope="session")
 def published_data() -> Path:
     """The folder of full published datasets, named by IE_DATA; tests that need it are skipped without it."""

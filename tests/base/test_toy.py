@@ -82,6 +82,7 @@ def test_greedy_gives_answers_in_the_order_of_the_prompts(toy: tuple[Any, Any]) 
 TINY = Settings(n_epochs=1, d_hidden=16, d_mlp=16, n_blocks=1, n_heads=1, n_vocab=300, wordings_per_epoch=1)
 
 
+@pytest.mark.slow
 def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ie.base.toy.measure", lambda model, tokenizer: Recall())
     monkeypatch.setattr("ie.base.toy.facts", lambda derived=False: facts()[:60])

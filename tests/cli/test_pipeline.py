@@ -50,6 +50,7 @@ def edit_args(place: Path) -> list[object]:
     return ["edit", *request, "--editor", place / "editor"]
 
 
+@pytest.mark.slow
 def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
     base_before = contents(TOY_PATH)
     patch = tmp_path / "patch.safetensors"
@@ -199,6 +200,7 @@ def test_eval_refuses_a_holdout_that_was_trained_on(place: Path) -> None:
     assert "was trained on it" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_best_editor_so_far(place: Path, tmp_path: Path) -> None:
     args = ["train", "--data", place / "data", "--out", tmp_path / "editor", "--config", place / "quick.yaml"]
     # A suite run in the background of a shell inherits an ignored SIGINT: give the process the one of a terminal.

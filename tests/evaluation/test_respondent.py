@@ -85,6 +85,7 @@ def test_of_the_base_a_question_is_asked_once_whatever_the_edit(load: Callable[.
     ]
 
 
+@pytest.mark.slow
 def test_the_base_is_asked_once_across_contestants(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ie.evaluation.report._N_TUNING", 2)
     monkeypatch.setattr("ie.evaluation.report._N_FIT", 4)

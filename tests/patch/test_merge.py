@@ -230,6 +230,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux writes it")
 def test_memory_does_not_grow_with_the_shards(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     config = LlamaConfig(

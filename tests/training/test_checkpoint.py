@@ -92,11 +92,13 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     assert kept[0] == kept[1] and len(kept[0]) == STEPS + 6
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, dataset: Path) -> None:
     found = survive(tmp_path, dataset, n_kills=2, steps=20, span=1.5, seed=3)
     assert found["bitwise_equal"] and not found["unreadable"], found
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_process_that_can_be_resumed(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

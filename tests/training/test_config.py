@@ -88,6 +88,7 @@ def test_a_ready_configuration_passes_its_dry_run(name: str, tmp_path: Path, mon
     assert float(promised) == pytest.approx(on_gpu / 1e9, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_ready_configuration_trains_in_8_bits(name: str, tmp_path: Path, dataset: Path) -> None:
     torch.manual_seed(0)

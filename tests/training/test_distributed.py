@@ -26,6 +26,7 @@ from ie.training.loss import backward
 OPTIONS = {"steps": 8, "batch_size": 5, "rank": 8, "n_fit": 10, "learning_rate": 1e-2, "patience": None}
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_editor_of_one(checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(dataset, data)

@@ -87,6 +87,7 @@ def usual_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_the_estimate_holds_against_a_process(name: str, tmp_path: Path, usual_data: Path) -> None:
     config, options = BASES[name]
@@ -106,6 +107,7 @@ def test_the_estimate_holds_against_a_process(name: str, tmp_path: Path, usual_d
     assert abs(found["training"] / peak - 1) < 0.25, (found, peak)
 
 
+@pytest.mark.slow
 def test_out_of_memory_ends_with_a_sentence(checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
     """A process that may not have more than a little beyond what it has, for real."""
     code = (

@@ -77,6 +77,7 @@ def test_the_same_seed_gives_the_same_editor_bit_for_bit(run: Train, tmp_path: P
     assert one == two != other
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down(run: Train) -> None:
     # One task: the size of a loss follows the length of its answers.
     how = {"tasks": ("people",), "patience": None, "validate_every": 60}
