@@ -83,9 +83,9 @@ def _adder(a: Tensor, b: Tensor, rows: Tensor | None) -> Any:
 
     def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # In the module's dtype, on its device: casting activations up costs more than the low-rank products themselves.
-        x, into, out_of = args[0], a.to(args[0]), b.to(args[0])
+        x, into, out_of = args[0], a.to(args[0]), b.to(output)
         # OPT flattens (rows, tokens) before its MLP; the leading rows are recovered from the factors.
-        low = torch.bmm(x.reshape(len(into), -1, x.shape[-1]), into.mT)
+        low = torch.bmm(x.reshape(len(into), -1, x.shape[-1]), into.mT).to(output.dtype)
         return torch.baddbmm(output.reshape(len(into), -1, output.shape[-1]), low, out_of).view_as(output)
 
     return add

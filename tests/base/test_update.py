@@ -162,3 +162,15 @@ def test_in_bfloat16_the_change_is_near_that_in_float32(load: Callable[..., Base
     assert found.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits: 0.4 % at every step, some ten steps.
     assert (found.float() - expected).norm() / expected.norm() < 0.04
+
+
+@pytest.mark.parametrize("n_edits", [1, 3])
+def test_a_module_may_answer_in_another_dtype_than_it_is_asked_in(n_edits: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    model[0].register_forward_hook(lambda _, args, output: output.double())
+    x, (a, b) = torch.randn(3, 4, 8), (torch.randn(n_edits, 2, 8), torch.randn(n_edits, 2, 6))
+    with torch.no_grad(), adding(model, {"0": (a, b)}):
+        found = model(x)
+    with torch.no_grad():
+        expected = model(x) + (x @ a.mT @ b).double()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # products of ten terms in float32
