@@ -35,7 +35,7 @@ from ie.training.episodes import Episodes
 
 __all__ = ["Loss", "backward"]
 
-_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 256, 8192  # what suits a CPU's caches; what keeps a GPU busy
+_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 512, 8192  # what suits a CPU's caches; what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def backward(
         else:
             under, rows = {name: (a[edits[:1]], b[edits[:1]]) for name, (a, b) in leaves.items()}, None
         logits = base.logits(batch, under, rows)
-        surprise, towards_labels = nll(logits[:n_answer].detach(), batch.labels[:n_answer])
-        kl, towards_base = _kl(logits[n_answer:].detach(), base, batch.texts[n_texts:])
-        logits.backward(torch.cat((towards_labels / n_wanted, towards_base * (locality_weight / n_kept))))  # type: ignore[no-untyped-call]
+        found, gradient = logits.detach(), torch.empty_like(logits)
+        surprise, _ = nll(found[:n_answer], batch.labels[:n_answer], 1 / n_wanted, gradient[:n_answer])
+        kl = _kl(found[n_answer:], base, batch.texts[n_texts:], locality_weight / n_kept, gradient[n_answer:])
+        logits.backward(gradient)  # type: ignore[no-untyped-call]
         edit, locality = edit + surprise / n_wanted, locality + kl / n_kept
     pairs = [pair for name, factors in update.items() for pair in zip(factors, leaves[name], strict=True)]
     made = [(one, leaf.grad) for one, leaf in pairs if one.requires_grad]  # a joint update's keys are the base's own
@@ -103,11 +104,11 @@ def backward(
     return Loss(edit, locality)
 
 
-def _kl(logits: Tensor, base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-    """KL(base || edited), a mean over each text's positions and a sum over texts, and its gradient."""
-    loss, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+def _kl(logits: Tensor, base: Base, texts: Sequence[Text], weight: float, gradient: Tensor) -> Tensor:
+    """KL(base || edited), a mean over each text's positions and a sum over texts; sets its weighed gradient."""
+    loss = logits.new_zeros((), dtype=torch.float32)
     if not texts:
-        return loss, gradient
+        return loss
     reference = base.reference_logits(texts)
     lengths = torch.tensor([len(text.ids) - text.n_prompt for text in texts], device=logits.device)
     weights = (1 / lengths).repeat_interleave(lengths)[:, None]
@@ -115,5 +116,5 @@ def _kl(logits: Tensor, base: Base, texts: Sequence[Text]) -> tuple[Tensor, Tens
         before, after = reference[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
         probabilities = before.exp()
         loss += (weights[part] * probabilities * before.sub_(after)).sum()
-        gradient[part] = after.exp_().sub_(probabilities).mul_(weights[part])
-    return loss, gradient
+        gradient[part] = after.exp_().sub_(probabilities).mul_(weights[part] * weight)
+    return loss
