@@ -28,6 +28,14 @@ def test_large_ones_take_what_is_faster(
     assert plan.dtype == chosen and f"{bf16_s:.2f}" in plan.reason
 
 
+def test_a_moment_of_load_does_not_decide(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = iter([3.0, 0.5, 0.6])
+    monkeypatch.setattr(precision, "_SMALL", 1)
+    monkeypatch.setattr(precision, "product_seconds", lambda dtype, *_: next(bf16) if dtype == torch.bfloat16 else 1.0)
+    plan = with_faster_dtype(plan_load("none", device="cpu"), str(checkpoint("llama")))
+    assert plan.dtype == torch.bfloat16 and "0.50" in plan.reason
+
+
 def test_it_measures_this_machine() -> None:
     assert precision.product_seconds(torch.float32, 256, 256) > 0
     assert precision.product_seconds(torch.bfloat16, 256, 256) > 0
