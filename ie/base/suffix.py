@@ -90,7 +90,7 @@ def run_suffix(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
         hidden: (n, t, d_model), what `run_prefix` returned for these texts.
     """
     with _heading(decoder, lambda into_head: into_head[batch.predicts.to(into_head.device)][None]):
-        return _run_blocks(decoder, batch, hidden).squeeze(0)  # not [0], whose gradient fills another
+        return _run_blocks(decoder, batch, hidden).squeeze(0)  # [0] would fill a gradient with zeros first
 
 
 def run_to_head(decoder: Decoder, batch: TokenBatch, hidden: Tensor) -> Tensor:
