@@ -9,9 +9,10 @@ __all__ = ["prepare"]
 _SETTINGS = {
     # OpenMP threads that wait for each other by spinning take many times as long on a busy machine.
     "GOMP_SPINCOUNT": "20000",
-    # Kernels kept for every shape ever seen, with their scratch memory: a gigabyte where shapes vary, and no speed.
-    "LRU_CACHE_CAPACITY": "16",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    # Kernels are kept for every shape ever seen, with their scratch memory: a gigabyte where shapes vary. So many are
+    # made for one chunk of texts; more are found again by few others.
+    "LRU_CACHE_CAPACITY": "24",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
 }
 
 
