@@ -188,6 +188,8 @@ def _one(
 
 
 def _text(value: object, name: str, where: str) -> str:
+    if value is None:
+        raise DataError(f"{where}: {name} is missing", hint=_FROM_HINT)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {name} is {value!r}, expected a text", hint=_FROM_HINT)
     return value

@@ -201,11 +201,15 @@ def summary_of(result: Mapping[str, Any]) -> list[str]:
     good = sorted(
         task for task in {task for task, _ in found} if all(found.get((task, one), 1.0) >= _GOOD for one in advice)
     )
-    out = [f"{method}, plain and {decoding}: {', '.join(good) or 'no task'} at 90 % or more in every metric."]
+    works = ", ".join(good) or "no task"
+    out = [f"{method}, plain and {decoding}: {works} at 90 % or more in all of {', '.join(advice)}."]
+
+    def weak(metric: str, what: str) -> list[str]:
+        tasks = sorted(task for (task, name), value in found.items() if name == metric and value < _GOOD)
+        return [f"{metric} is below 90 % for {', '.join(tasks)}: {what}."] if tasks else []
+
     for metric, what in advice.items():
-        weak = sorted(task for (task, name), value in found.items() if name == metric and value < _GOOD)
-        if weak:
-            out.append(f"{metric} is below 90 % for {', '.join(weak)}: {what}.")
+        out += weak(metric, what)
     flattered = sorted(
         task
         for (task, metric, way), value in of_method.items()
@@ -216,6 +220,7 @@ def summary_of(result: Mapping[str, Any]) -> list[str]:
             f"Teacher forcing flatters {', '.join(flattered)} by more than 10 points: trust the generated figures."
         )
     out += _instruction_matters(result)
+    out += weak("portability", "what follows from a new fact needs edits of its own")
     return out[:6]
 
 

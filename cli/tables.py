@@ -6,6 +6,7 @@ All tables fit 80 columns: texts fold, figures don't.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -158,6 +159,9 @@ def edit_view(result: Json) -> View:
             lines.append(f"{_percent(result['still_take'])} of those that took at once still take after the others")
         if "patch" in result:
             lines.append(f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})")
+        else:
+            total = size(sum(entry["bytes"] for entry in result["edits"]))
+            lines.append(f"{len(result['edits'])} patches in {Path(result['edits'][0]['patch']).parent} ({total})")
         return [table, _GAP, *map(Text, lines)]
     table = _table(None, "", "prompt", "before", "after")
     _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))

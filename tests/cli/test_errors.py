@@ -106,7 +106,7 @@ def test_edit_checks_its_texts(args: list[str], said: str, run: Any, editor_fold
         ("", "holds no edits"),
         ('{"prompt": "a", "target": "b", "instruction": "i"}\n{"prompt":\n', "line 2: broken JSON"),
         ('{"prompt": "a", "target": "", "instruction": "i"}\n', "target is ''"),
-        ('{"prompt": "a", "target": "b"}\n', "instruction is None"),
+        ('{"prompt": "a", "target": "b"}\n', "instruction is missing"),
         ('{"prompt": "a", "target": "b", "aim": "c"}\n', "unknown fields: aim"),
         ('{"prompt": "a", "target": "b", "instruction": "i", "probes": "x"}\n', "probes must be a list"),
         ("[1]\n", "line 1"),

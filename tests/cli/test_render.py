@@ -106,7 +106,7 @@ CASES: list[tuple[Callable[[Any], list[RenderableType]], dict[str, Any], list[st
         EDIT,
         ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9", "99.9%"],
     ),
-    (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took"]),
+    (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took", "2 patches in . (24.7 KB)"]),
     (tables.eval_view, EVAL, ["zsre (held out)", "before", "after", "100.0 (90-100)", "128"]),
     (tables.eval_view, MANY, ["before", "instructedit", "mend", "finetune", "gradient", "(86-100)"]),
     (tables.eval_view, CONTROLS, ["which instruction", "right", "wrong-task", "unseen"]),
@@ -173,7 +173,8 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_in_reading_order(capsys: pytest.CaptureFixture[str]) -> None:
     Render().result(EVAL, *tables.eval_view(EVAL))
-    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.strip().startswith(METRICS)]
+    rows = tuple(f"{metric} " for metric in METRICS)
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.strip().startswith(rows)]
     assert lines[:4] == [
         ["reliability", "plain", "generated"],
         ["reliability", "plain", "forced"],
@@ -221,6 +222,9 @@ def test_the_summary_says_what_works_what_does_not_and_what_to_try() -> None:
     lines = summary_of({"rows": rows})
     assert lines[0].startswith("instructedit, plain and forced: places at 90 %")
     assert any(line.startswith("locality is below 90 % for people") and "raise" in line for line in lines)
+    assert not any("portability" in line for line in lines)
+    follows = _row("instructedit", 0.1, metric="portability", task="places")
+    assert "needs edits of its own" in summary_of({"rows": [*rows, follows]})[-1]
     gap = _row("instructedit", 0.0, metric="harmonic-mean", control="right", versus_control="none", low=-0.1)
     assert "no difference beyond chance" in summary_of({"rows": rows, "differences": [gap]})[-1]
     assert "edits better" in summary_of({"rows": rows, "differences": [{**gap, "low": 0.01}]})[-1]
