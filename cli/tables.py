@@ -161,7 +161,7 @@ def edit_view(result: Json) -> View:
             lines.append(f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})")
         else:
             total = size(sum(entry["bytes"] for entry in result["edits"]))
-            lines.append(f"{len(result['edits'])} patches in {Path(result['edits'][0]['patch']).parent} ({total})")
+            lines.append(f"patches in {Path(result['edits'][0]['patch']).parent} ({total})")
         return [table, _GAP, *map(Text, lines)]
     table = _table(None, "", "prompt", "before", "after")
     _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))

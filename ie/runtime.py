@@ -9,8 +9,8 @@ __all__ = ["prepare"]
 _SETTINGS = {
     # OpenMP threads that wait for each other by spinning take many times as long on a busy machine.
     "GOMP_SPINCOUNT": "20000",
-    # Kernels are kept for every shape ever seen, with their scratch memory: a gigabyte where shapes vary. So many are
-    # made for one chunk of texts; more are found again by few others.
+    # Kernels are kept for every shape ever seen, with their scratch memory: a gigabyte where shapes vary. One chunk of
+    # texts needs so many; others would be of shapes that rarely come again.
     "LRU_CACHE_CAPACITY": "24",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
 }
