@@ -48,7 +48,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
 }
 EDITORS = {**COMPARED, "scopes": ("--data", "scopes")}
 OF_ALL_TASKS = ("instructedit", "mend")
-N_TASKS = 5  # that they are trained on
+TASKS = ("counterfact", "recent", "convsent", "wikifactdiff", "personality")  # that they are trained on
 # One thread each wastes least of a small base; a GPU is for one at a time.
 THREADS, N_AT_ONCE = (None, 1) if torch.cuda.is_available() else (1, os.cpu_count())
 
@@ -72,9 +72,10 @@ def train(folder: Path, base: Path, name: str, seed: int, minutes: float, *more:
 
 def train_all(folder: Path, base: Path, seeds: Sequence[int], minutes: float) -> None:
     """Every editor of every seed, as many at once as there are cores."""
+    of_one_task = minutes / len(TASKS)
     with ThreadPoolExecutor(N_AT_ONCE) as pool:
         running = [
-            pool.submit(train, folder, base, name, seed, minutes if name in OF_ALL_TASKS else minutes / N_TASKS, *more)
+            pool.submit(train, folder, base, name, seed, minutes if name in OF_ALL_TASKS else of_one_task, *more)
             for seed in seeds
             for name, more in EDITORS.items()
         ]
