@@ -53,8 +53,21 @@ TASKS = ("counterfact", "recent", "convsent", "wikifactdiff", "personality")  # 
 THREADS, N_AT_ONCE = (None, 1) if torch.cuda.is_available() else (1, os.cpu_count())
 
 
+def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
+    """What every benchmark on published data is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("data", type=Path, help="folder of the published files")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--limit", type=int, default=150, help="records of a task to be judged on")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
 def build(folder: Path, published: Path) -> None:
     """The dataset of all published files, and one of two tasks that contradict each other on the same records."""
+    folder.mkdir(parents=True, exist_ok=True)
     for data, sources in (("data", SOURCES), ("scopes", SCOPES)):
         if not (folder / data).exists():
             paths = [one.replace("=", f"={published.resolve()}/", 1) for one in sources]
@@ -102,16 +115,9 @@ def report(folder: Path, seed: int, limit: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure every seed, print the tables and what falls short."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("quality"))
-    parser.add_argument("--seeds", default="0,1")
+    parser = arguments(__doc__, "quality")
     parser.add_argument("--minutes", type=float, default=28.0, help="of training; a fifth for few tasks")
-    parser.add_argument("--limit", type=int, default=150, help="test records of a task")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     build(args.out, args.data)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     train_all(args.out, args.base, seeds, args.minutes)

@@ -7,7 +7,6 @@ measured is kept in --out and not done again; as many rows at a time as there ar
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import ie
-from benchmarks.quality import CONFIG, N_AT_ONCE, THREADS, build
+from benchmarks.quality import CONFIG, N_AT_ONCE, THREADS, arguments, build
 from benchmarks.verdict import JUDGED
 from ie.training.config import find_config, read_config
 
@@ -98,17 +97,10 @@ def _cell(figures: Mapping[str, float], task: str) -> str:
 
 def main() -> int:
     """Measure the rows asked for and print a table, or one JSON array."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("study"))
+    parser = arguments(__doc__, "study")
     parser.add_argument("--only", default=",".join(ROWS))
-    parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--limit", type=int, default=150, help="test records of a task")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     build(args.out, args.data)
     with ThreadPoolExecutor(N_AT_ONCE) as pool:
         running = [

@@ -8,7 +8,6 @@ not trained again; as many at a time as there are cores, one thread each.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 import ie.editor.editor
-from benchmarks.quality import N_AT_ONCE, TASKS, THREADS, build, train
+from benchmarks.quality import N_AT_ONCE, TASKS, THREADS, arguments, build, train
 from ie.base import load_base
 from ie.data.dataset import Dataset
 from ie.editor.files import load_editor
@@ -80,16 +79,9 @@ def _cell(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure every kind and seed and print a table, or one JSON array."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("unknown"))
-    parser.add_argument("--seeds", default="0,1")
+    parser = arguments(__doc__, "unknown")
     parser.add_argument("--minutes", type=float, default=18.0, help="of training")
-    parser.add_argument("--limit", type=int, default=150, help="validation records of a kind")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     build(args.out, args.data)
     with ProcessPoolExecutor(N_AT_ONCE, mp_context=get_context("spawn")) as pool:
         running = [
