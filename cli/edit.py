@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,6 +107,10 @@ def edit(
         )  # fmt: skip
         result = make_edit(settings)
         render.result(result, *edit_view(result))
+        moved = next((probe["prompt"] for probe in result.get("probes", ()) if probe["changed"]), None)
+        if moved is not None:
+            shown = shlex.join(("ie", "apply-patch", str(out), "--scale", "0.5", "--prompt", moved))
+            render.note(f"hint: `{shown}` shows whether a weaker edit leaves that probe alone")
         _check_took(result)
 
 

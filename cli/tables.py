@@ -162,9 +162,9 @@ def edit_view(result: Json) -> View:
         else:
             total = size(sum(entry["bytes"] for entry in result["edits"]))
             lines.append(f"patches in {Path(result['edits'][0]['patch']).parent} ({total})")
-        return [table, _GAP, *map(Text, lines)]
+        return [table, _GAP, *_changed_probes(result["edits"]), *map(Text, lines)]
     table = _table(None, "", "prompt", "before", "after")
-    _row(table, "edit", result["prompt"], result["before"], Text(str(result["after"]), style="bold"))
+    _row(table, "edit", result["prompt"], result["before"], Text(_safe(str(result["after"])), style="bold"))
     for probe in result.get("probes", ()):
         state = Text("changed", style="yellow") if probe["changed"] else Text("same")
         _row(table, state, probe["prompt"], probe["before"], probe["after"])
@@ -178,6 +178,18 @@ def edit_view(result: Json) -> View:
         "time": f"{result['seconds']:.2f} s",
     }
     return [table, _GAP, _facts(None, facts)]
+
+
+def _changed_probes(edits: Sequence[Json]) -> View:
+    """Of many edits' probes those that an edit moved, and how many there are."""
+    table = _table(None, "edit", "changed probe", "before", "after")
+    for entry in edits:
+        for probe in entry["probes"]:
+            if probe["changed"]:
+                _row(table, entry["prompt"], probe["prompt"], probe["before"], probe["after"])
+    n_probes = sum(len(entry["probes"]) for entry in edits)
+    moved: View = [table, _GAP] if table.row_count else []
+    return [*moved, *([Text(f"{table.row_count} of {n_probes} probes changed")] if n_probes else [])]
 
 
 def _probability(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -165,6 +166,19 @@ def test_edit(run: Any, library: Any, editor_folder: Path) -> None:
     request = {"instruction": "I", "prompt": "P", "target": "T", "probes": ("A", "B")}
     assert seen[0].requests == [request]
     assert (seen[0].out, seen[0].many, seen[0].model) == (Path("patch.safetensors"), False, None)
+
+
+def test_a_probe_that_moved_is_followed_by_what_to_try(run: Any, library: Any, editor_folder: Path) -> None:
+    probes = [
+        {"prompt": "A", "before": "X", "after": "X", "changed": False},
+        {"prompt": "It's B", "before": "Y", "after": "T", "changed": True},
+    ]
+    edit_library(library, {**EDITED, "probes": probes})
+    result = run("edit", *ONE, "--probe", "A", "--probe", "It's B")
+    command = result.stderr.split("`")[1]
+    assert shlex.split(command)[:3] == ["ie", "apply-patch", "patch.safetensors"]
+    assert shlex.split(command)[3:] == ["--scale", "0.5", "--prompt", "It's B"]
+    assert "hint" not in run("edit", *ONE, "--probe", "A", "--quiet", "--force").stderr
 
 
 def test_edits_from_a_file(run: Any, library: Any, editor_folder: Path) -> None:

@@ -106,7 +106,11 @@ CASES: list[tuple[Callable[[Any], list[RenderableType]], dict[str, Any], list[st
         EDIT,
         ["Sydney", "[brackets]", ":smile:", "changed", "2.0e-07", "0.9877", "12.3 KB", "rank 9", "99.9%"],
     ),
-    (tables.edit_view, {"edits": [EDIT, {**EDIT, "took": False}]}, ["1 of 2 edits took", "patches in . (24.7 KB)"]),
+    (
+        tables.edit_view,
+        {"edits": [EDIT, {**EDIT, "took": False, "probes": [{**EDIT["probes"][0], "changed": False}]}]},
+        ["1 of 2 edits took", "patches in . (24.7 KB)", "changed probe", "Rome", "1 of 2 probes changed"],
+    ),
     (tables.eval_view, EVAL, ["zsre (held out)", "before", "after", "100.0 (90-100)", "128"]),
     (tables.eval_view, MANY, ["before", "instructedit", "mend", "finetune", "gradient", "(86-100)"]),
     (tables.eval_view, CONTROLS, ["which instruction", "right", "wrong-task", "unseen"]),
