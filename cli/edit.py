@@ -12,7 +12,7 @@ from ie.errors import DataError, EditFailedError, InputError
 
 from .files import check_model, check_new, read_editor_info
 from .options import DEFAULT_EDITOR, DEFAULT_PATCH, BaseOf, Debug, Device, Dtype, Force, Json, Quant, Quiet
-from .render import reporting
+from .render import Render, reporting
 
 __all__ = ["edit", "read_requests"]
 
@@ -107,11 +107,8 @@ def edit(
         )  # fmt: skip
         result = make_edit(settings)
         render.result(result, *edit_view(result))
-        moved = next((probe["prompt"] for probe in result.get("probes", ()) if probe["changed"]), None)
-        if moved is not None:
-            shown = shlex.join(("ie", "apply-patch", str(out), "--scale", "0.5", "--prompt", moved))
-            render.note(f"hint: `{shown}` shows whether a weaker edit leaves that probe alone")
         _check_took(result)
+        _suggest_weaker(result, render)
 
 
 def _together(
@@ -211,3 +208,11 @@ def _check_took(result: dict[str, Any]) -> None:
             f"{many} not take: {first['prompt']!r} gives {first['after']!r}, expected {first['target']!r}",
             hint="try another instruction, or an editor trained longer",
         )
+
+
+def _suggest_weaker(result: dict[str, Any], render: Render) -> None:
+    """Where a single edit took and moved a probe as well, say how to see whether half of it leaves the probe alone."""
+    moved = next((probe["prompt"] for probe in result.get("probes", ()) if probe["changed"]), None)
+    if moved is not None:
+        shown = shlex.join(("ie", "apply-patch", result["patch"], "--scale", "0.5", "--prompt", moved))
+        render.note(f"hint: `{shown}` shows whether a weaker edit leaves that probe alone")

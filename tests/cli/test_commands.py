@@ -196,7 +196,8 @@ def test_an_edit_that_does_not_take_is_shown_and_ends_with_3(workdir: Path, libr
     from ie.cli.app import app
     from typer.testing import CliRunner
 
-    edit_library(library, {**EDITED, "took": False, "after": "B"})
+    moved = [{"prompt": "A", "before": "X", "after": "Y", "changed": True}]  # no reason to suggest a weaker edit
+    edit_library(library, {**EDITED, "took": False, "after": "B", "probes": moved})
     result = CliRunner().invoke(app, ["edit", *ONE, "--json"], prog_name="ie")
     assert isinstance(result.exception, SystemExit)
     assert result.exit_code == 3
