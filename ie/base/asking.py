@@ -56,7 +56,7 @@ def predictions(base: Base, asks: Sequence[Ask], update: Update | None = None) -
             best = base.logits(batch, update, _rows(asks, indices, update, base)).argmax(-1)
         tokens = iter(best.tolist())
         for index, text in zip(indices, texts, strict=True):
-            out[index] = tuple(islice(tokens, len(text.ids) - text.n_prompt))
+            out[index] = tuple(islice(tokens, text.n_answer))
     return out
 
 
@@ -106,7 +106,7 @@ def continuations(base: Base, asks: Sequence[Ask], n_tokens: int, update: Update
 def _limit(base: Base, ask: Ask) -> int:
     """How many tokens an answer may have."""
     text = base.encode(ask.prompt, ask.answer, ask.instruction)
-    return (len(text.ids) - text.n_prompt or _FREE_TOKENS) + _EXTRA_TOKENS
+    return (text.n_answer or _FREE_TOKENS) + _EXTRA_TOKENS
 
 
 def _cut(shown: str, awaited: str) -> str:

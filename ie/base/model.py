@@ -126,8 +126,8 @@ class Base:
             return run_suffix(self.decoder, batch, hidden)
 
     @torch.no_grad()
-    def reference_logits(self, texts: Sequence[Text]) -> Tensor:
-        """The base's own logits (n_answer, n_vocab) where answers are predicted, text by text.
+    def reference_logits(self, texts: Sequence[Text]) -> list[Tensor]:
+        """The base's own logits (n_answer, n_vocab) of each text, where its answer is predicted.
 
         What enters the output head is computed once for each text and kept, up to a budget: what an edit must not
         change is asked again and again.
@@ -136,9 +136,10 @@ class Base:
         def compute(new: list[Text]) -> Sequence[Tensor]:
             batch = self.collate(new)
             seen = run_to_head(self.decoder, batch, self.prefixes.hidden(batch))
-            return [part.clone() for part in torch.split(seen, [len(text.ids) - text.n_prompt for text in new])]
+            return [part.clone() for part in torch.split(seen, [text.n_answer for text in new])]
 
-        return run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
+        logits = run_head(self.decoder, torch.cat(self._into_head.get(texts, compute)))
+        return list(torch.split(logits, [text.n_answer for text in texts]))
 
     def read(self, instructions: Sequence[str | None], beside: Sequence[Text] = ()) -> Readings:
         """What the base makes of instructions, with what stands beside in the same run; see `ie.base.instructions`."""

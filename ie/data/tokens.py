@@ -34,6 +34,11 @@ class Text:
     n_instruction: int
     n_prompt: int
 
+    @property
+    def n_answer(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.ids) - self.n_prompt
+
 
 class TextEncoder:
     """Turns prompts and answers into `Text`, each different text once.

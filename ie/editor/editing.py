@@ -328,7 +328,6 @@ def _describe(base: Base, patch: Patch, path: Path, n_bytes: int, seconds: float
 def _probability(base: Base, patch: Patch) -> Mapping[str, float]:
     """Probability of the whole target after the prompt."""
     ask = Ask(patch.info.prompt or "", patch.info.target or "")
-    text = base.encode(ask.prompt, ask.answer)
-    n_tokens = len(text.ids) - text.n_prompt
+    n_tokens = base.encode(ask.prompt, ask.answer).n_answer
     before, after = log_likelihoods(base, [ask])[0], log_likelihoods(base, [ask], patch.update())[0]
     return {"before": math.exp(n_tokens * before), "after": math.exp(n_tokens * after)}

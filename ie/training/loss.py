@@ -8,7 +8,7 @@ long name right. KL is taken at the positions that predict the answer, over the 
 
 Queries are asked in chunks of like length, each chunk's backward pass following its forward pass at once, down to the
 update's factors; what they gathered then goes through the editor once. So memory follows the chunk and not the batch,
-and the gradient is that of the whole loss.
+but for the base's own logits of what must stay, and the gradient is that of the whole loss.
 
 Where a batch's edits are stacked, each must hold under others that know nothing of it, as patches of a served model do.
 
@@ -36,6 +36,8 @@ from ie.training.episodes import Episodes
 __all__ = ["Loss", "backward"]
 
 _CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 512, 8192  # what suits a CPU's caches; what keeps a GPU busy
+_REFERENCE_TOKENS = 4096  # where nothing is held for a backward pass
+_FEW_TOKENS = 32  # of edits, up to which their ranks hardly matter beside the base's own products
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def backward(
     n_own = len(episodes.wanted)
     # The cost of an edit follows its rank: questions under edits of a few tokens aren't asked beside those of many. The
     # factors of a sum are too large to be copied for every question under it: one sum at a time.
-    groups = [(ranks[ask.edit] - 1).bit_length() if ranks else ask.edit for ask in asks]
+    groups = [(max(_FEW_TOKENS, ranks[ask.edit]) - 1).bit_length() if ranks else ask.edit for ask in asks]
+    reference = _reference(base, episodes.kept, max(n_tokens, _REFERENCE_TOKENS))
     for indices, texts in by_length(base, asks, n_tokens, groups):
         # Wanted queries first, so that their logits stand before those of the queries to keep.
         order = sorted(range(len(indices)), key=lambda i: indices[i] >= n_own)
@@ -95,7 +98,8 @@ def backward(
         logits = base.logits(batch, under, rows)
         found, gradient = logits.detach(), torch.empty_like(logits)
         surprise, _ = nll(found[:n_answer], batch.labels[:n_answer], 1 / n_wanted, gradient[:n_answer])
-        kl = _kl(found[n_answer:], base, batch.texts[n_texts:], locality_weight / n_kept, gradient[n_answer:])
+        kept = [reference[text] for text in batch.texts[n_texts:]]
+        kl = _kl(found[n_answer:], kept, locality_weight / n_kept, gradient[n_answer:])
         logits.backward(gradient)  # type: ignore[no-untyped-call]
         edit, locality = edit + surprise / n_wanted, locality + kl / n_kept
     pairs = [pair for name, factors in update.items() for pair in zip(factors, leaves[name], strict=True)]
@@ -104,16 +108,34 @@ def backward(
     return Loss(edit, locality)
 
 
-def _kl(logits: Tensor, base: Base, texts: Sequence[Text], weight: float, gradient: Tensor) -> Tensor:
-    """KL(base || edited), a mean over each text's positions and a sum over texts; sets its weighed gradient."""
+def _reference(base: Base, kept: Sequence[Ask], n_tokens: int) -> dict[Text, Tensor]:
+    """The base's own logits (n_answer, n_vocab) of each text to keep.
+
+    Of a whole batch at once, as a product of few rows with a large head takes about as long as one of many.
+    """
+    reference: dict[Text, Tensor] = {}
+    for _, texts in by_length(base, list(dict.fromkeys(replace(ask, edit=0) for ask in kept)), n_tokens):
+        reference.update(zip(texts, base.reference_logits(texts), strict=True))
+    return reference
+
+
+def _kl(logits: Tensor, reference: Sequence[Tensor], weight: float, gradient: Tensor) -> Tensor:
+    """KL(base || edited), a mean over each text's positions and a sum over texts; sets its weighed gradient.
+
+    Args:
+        logits: the edited model's, (n, n_vocab).
+        reference: the base's of each text, in the same order, n rows in all.
+        weight: what the gradient, and not the loss, is multiplied by.
+        gradient: (n, n_vocab) in the logits' dtype, to be set.
+    """
     loss = logits.new_zeros((), dtype=torch.float32)
-    if not texts:
+    if not reference:
         return loss
-    reference = base.reference_logits(texts)
-    lengths = torch.tensor([len(text.ids) - text.n_prompt for text in texts], device=logits.device)
+    lengths = torch.tensor([len(one) for one in reference], device=logits.device)
     weights = (1 / lengths).repeat_interleave(lengths)[:, None]
+    of_base = torch.cat(list(reference))
     for part in slices(logits):
-        before, after = reference[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
+        before, after = of_base[part].float().log_softmax(-1), logits[part].float().log_softmax(-1)
         probabilities = before.exp()
         loss += (weights[part] * probabilities * before.sub_(after)).sum()
         gradient[part] = after.exp_().sub_(probabilities).mul_(weights[part] * weight)

@@ -113,7 +113,9 @@ def _activation_bytes(model: nn.Module, n_blocks: int, plan: Plan, settings: Tra
     made = _edit_bytes(model, n_blocks, plan, settings.batch_size, settings) + _solve_bytes(model, settings)
     per_edit = 3 + settings.n_negatives
     n_step = _STEP_TOKENS if plan.device.type == "cpu" else _GPU_STEP_TOKENS
-    step = made + asked(min(n_step, settings.batch_size * per_edit * _PLAIN_TOKENS), copies=2)
+    n_kept = settings.batch_size * (1 + settings.n_negatives)
+    reference = n_kept * _ANSWER_TOKENS * n_vocab * plan.dtype.itemsize
+    step = made + reference + asked(min(n_step, settings.batch_size * per_edit * _PLAIN_TOKENS), copies=2)
     n_asked = min(_ASK_TOKENS, settings.n_validation * _N_QUERIES * _PLAIN_TOKENS)
     validation = settings.n_validation * factors + max(asked(n_asked, copies=1), made)
     return int((1 + _FREED_SHARE) * max(step, validation))

@@ -91,7 +91,7 @@ def test_answers_are_greedy_and_end_with_the_line(load: Callable[..., Base]) -> 
     base = load("gpt2")
     texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in ASKS]
     for ask, text, answer in zip(ASKS, texts, answers(base, ASKS), strict=True):
-        n_tokens = len(text.ids) - text.n_prompt + 4
+        n_tokens = text.n_answer + 4
         ids = base.generate([text], n_tokens)[0]
         assert len(ids) <= n_tokens
         shown = base.tokenizer.decode(ids).strip()

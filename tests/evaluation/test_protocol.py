@@ -155,7 +155,7 @@ def test_no_short_answer_waits_for_a_long_one(load: Callable[..., Base], monkeyp
 
     def noted(self: Base, texts: Sequence[Text], n_tokens: int, *rest: Any, **options: Any) -> list[list[int]]:
         if not options:  # fluency's
-            decoded.append((n_tokens, [len(text.ids) - text.n_prompt + asking._EXTRA_TOKENS for text in texts]))
+            decoded.append((n_tokens, [text.n_answer + asking._EXTRA_TOKENS for text in texts]))
         return generate(self, texts, n_tokens, *rest, **options)
 
     monkeypatch.setattr(Base, "generate", noted)

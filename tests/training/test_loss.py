@@ -109,3 +109,15 @@ def test_stacked_edits_are_asked_under_their_sum(load: Callable[..., Base], name
     editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), "instructedit")
     updates = dense_sums(base, editor, made.requests, 2)
     assert_agrees(base, editor, made, lambda edit: updates[edit % 2])
+
+
+def test_edits_of_few_and_of_many_tokens_in_a_batch(load: Callable[..., Base]) -> None:
+    base, made = load("gpt2"), episodes(4)
+    long = replace(made.requests[1], prompt="Of the rivers that were ever seen from a tower, " * 3 + "the first is the")
+    made.requests[1] = long
+    made.wanted.append(Ask(long.prompt, long.target, None, 1, ended=True))
+    editor = moved(base, base.signals(collate_requests(base, plain(made.requests))), "instructedit")
+    ranks = propose(base, editor, made.requests)[0].n_tokens()
+    assert ranks[1] > 32 >= max(ranks[0], *ranks[2:])
+    updates = dense_sums(base, editor, made.requests, 4)
+    assert_agrees(base, editor, made, lambda edit: updates[edit])
