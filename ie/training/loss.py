@@ -111,7 +111,7 @@ def backward(
 def _reference(base: Base, kept: Sequence[Ask], n_tokens: int) -> dict[Text, Tensor]:
     """The base's own logits (n_answer, n_vocab) of each text to keep.
 
-    Of a whole batch at once, as a product of few rows with a large head takes about as long as one of many.
+    Of up to `n_tokens` of text at once: a product of few rows with a large head takes about as long as one of many.
     """
     reference: dict[Text, Tensor] = {}
     for _, texts in by_length(base, list(dict.fromkeys(replace(ask, edit=0) for ask in kept)), n_tokens):
