@@ -23,7 +23,7 @@ from ie.versions import now, versions
 
 __all__ = ["EditorInfo", "load_editor", "load_info", "save_editor"]
 
-FORMAT_VERSION = 2  # 2: parts for kinds of edits
+FORMAT_VERSION = 3  # 2: parts for kinds of edits; 3: no kind is one in the middle of all
 WEIGHTS, INFO = "editor.safetensors", "editor.json"
 
 
@@ -134,7 +134,7 @@ def load_editor(folder: Path, base: Base) -> tuple[Editor, EditorInfo]:
     info = load_info(folder)
     if info.format_version < FORMAT_VERSION:
         raise EditorError(
-            f"{folder} has format version {info.format_version}: its network is an earlier one than this ie's",
+            f"{folder} has format version {info.format_version}: it was made by an earlier ie",
             hint="train it again",
         )
     if info.base.fingerprint != base.fingerprint:

@@ -2,9 +2,9 @@
 
 What the base makes of an instruction is compared with the means of training's kinds, along the directions that tell
 these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's share is its probability, were
-each kind a Gaussian of the same covariance, beside one of no kind that is everywhere as likely as a kind is half of the
-way to its nearest neighbour. What is of no kind that training knows opens the parts of all of them alike, so that what
-they disagree on evens out (docs/experiments.md). Edits without an instruction open none.
+each kind a Gaussian of the same covariance, and what is of no kind one more, in the middle of them all: an unknown kind
+has little of what tells the known ones apart. It opens the parts of all of them alike, so that what they disagree on
+evens out (docs/experiments.md). Edits without an instruction open none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ie.editor.whitener import add_moment
 
 __all__ = ["Kinds", "opened"]
 
-_SHRINKAGE = 0.1  # of the covariance within kinds, as a share of its mean eigenvalue
+_SHRINKAGE = 0.3  # of the covariance within kinds, as a share of its mean eigenvalue
 _ROUNDING = 1e-8  # of the second moment: what a variance may come out as that is zero, and more
 _FAR = 1e6  # where a kind stands that no instruction told of
 
@@ -33,7 +33,6 @@ class Kinds(nn.Module):
     mean: Tensor  # (d_features,)
     directions: Tensor  # (n_kinds - 1, d_features)
     places: Tensor  # (n_kinds, n_kinds - 1), the kinds' means along the directions
-    reach: Tensor  # (), how far from a kind an instruction is as likely of none
     count: Tensor
     total: Tensor
     moment: Tensor | None  # of what was observed, (d, d) float64: large, and gone once it is fitted
@@ -43,7 +42,6 @@ class Kinds(nn.Module):
         self.register_buffer("mean", torch.zeros(d_features))
         self.register_buffer("directions", torch.zeros(n_kinds - 1, d_features))
         self.register_buffer("places", torch.full((n_kinds, n_kinds - 1), _FAR))
-        self.register_buffer("reach", torch.zeros(()))
         self.register_buffer("count", torch.zeros(n_kinds, dtype=torch.float64), persistent=False)
         self.register_buffer("total", torch.zeros(n_kinds, d_features, dtype=torch.float64), persistent=False)
         self.moment = None
@@ -77,14 +75,12 @@ class Kinds(nn.Module):
         self.mean.copy_(mean)
         self.directions[: len(directions)] = directions.float()
         self.places[told] = nn.functional.pad(places, (0, len(told) - len(means))).float()
-        self.reach.copy_(nn.functional.pdist(places).min() / 2)
 
     def forward(self, read: Readings) -> Tensor:
         """Shares (n, n_kinds + 1) float32 of n instructions, the last that of no kind; zeros without an instruction."""
         at = (read.inputs - self.mean) @ self.directions.T
-        near = -0.5 * (at[:, None] - self.places).square().sum(-1)
-        of_none = (-0.5 * self.reach.square()).expand(len(near), 1)
-        return torch.cat((near, of_none), 1).softmax(-1) * read.given[:, None]
+        places = nn.functional.pad(self.places, (0, 0, 0, 1))  # what is of no kind stands at the kinds' mean
+        return (-0.5 * (at[:, None] - places).square().sum(-1)).softmax(-1) * read.given[:, None]
 
 
 def opened(shares: Tensor) -> Tensor:

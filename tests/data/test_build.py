@@ -63,7 +63,7 @@ def test_each_split_carries_its_own_instructions(tmp_path, write, make_facts):
     for split in SPLITS:
         for record in dataset.records(split):
             counts = (len(record.instruction.train), len(record.instruction.heldout))
-            assert counts == ((10, 0) if split == "train" else (0, 5))
+            assert counts == ((24, 0) if split == "train" else (0, 5))
     line = json.loads((tmp_path / "out" / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert list(line["instruction"]) == ["heldout"]
     assert set(line) == {
@@ -97,7 +97,7 @@ def test_what_is_said_about_the_dataset(tmp_path, write, make_facts):
     assert built == {"out": str(tmp_path / "out"), **info}
     assert info["tasks"]["people"]["skipped"] == {"duplicate": 3, "empty target": 2}
     assert sum(info["tasks"]["people"][split] for split in SPLITS) == 50
-    assert info["instructions"] == {"people": {"train": 10, "heldout": 5}}
+    assert info["instructions"] == {"people": {"train": 24, "heldout": 5}}
     assert info["tasks"]["people"]["notes"]["without locality"] == 50
     assert (info["format_version"], info["seed"], info["limit"]) == (1, 5, None)
     assert info["sources"][0]["task"] == "people" and len(info["sources"][0]["sha256"]) == 64

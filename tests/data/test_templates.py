@@ -58,7 +58,7 @@ def test_bundled_templates_are_complete():
     assert tuple(templates) == TASKS
     for task, found in templates.items():
         assert found.task == task
-        assert len(found.train) == 10
+        assert len(found.train) == 24
         assert set(found.styles) >= STYLES
         assert len(found.styles) == len(found.render(record(**FIELDS), "heldout"))
 

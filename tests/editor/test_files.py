@@ -107,7 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing key": (lambda f: rewrite(f, lambda d: d.pop("targets")), "cannot be read"),
     "an unknown setting": (lambda f: rewrite(f, lambda d: d["settings"].update(depth=3)), "cannot be read"),
     "a newer version": (lambda f: rewrite(f, lambda d: d.update(format_version=99)), "format version 99"),
-    "an older version": (lambda f: rewrite(f, lambda d: d.update(format_version=1)), "an earlier one"),
+    "an older version": (lambda f: rewrite(f, lambda d: d.update(format_version=1)), "made by an earlier ie"),
     "a version in words": (lambda f: rewrite(f, lambda d: d.update(format_version="one")), "cannot be read"),
     "another shape": (lambda f: rewrite(f, lambda d: d["settings"].update(rank=5)), "does not fit"),
     "truncated weights": (
