@@ -79,8 +79,9 @@ class Kinds(nn.Module):
     def forward(self, read: Readings) -> Tensor:
         """Shares (n, n_kinds + 1) float32 of n instructions, the last that of no kind; zeros without an instruction."""
         at = (read.inputs - self.mean) @ self.directions.T
-        places = nn.functional.pad(self.places, (0, 0, 0, 1))  # what is of no kind stands at the kinds' mean
-        return (-0.5 * (at[:, None] - places).square().sum(-1)).softmax(-1) * read.given[:, None]
+        # Less the log-density of what is of no kind, which stands at the kinds' mean: 0.
+        of_kinds = at @ self.places.T - 0.5 * self.places.square().sum(-1)
+        return nn.functional.pad(of_kinds, (0, 1)).softmax(-1) * read.given[:, None]
 
 
 def opened(shares: Tensor) -> Tensor:
