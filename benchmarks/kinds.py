@@ -2,7 +2,8 @@
 
 Each kind of the published data, and held-out zsre, is left out in turn, and an editor's `Kinds` are fitted on training
 wordings of the others, as training does; nothing is trained. Then they are asked held-out wordings: of the kind left
-out, which is of none that they know, and of the others. Percent, means of the seeds' draws.
+out, which is of none that they know, and of the others, these also in their words alone, without the layout that names
+the task. Percent, means of the seeds' draws.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ie.training.episodes import draw_instruction
 from ie.training.settings import TrainSettings
 
 HELD_OUT = "zsre"
-_COLUMNS = ("of none", "others of their own", "told apart")
+_COLUMNS = ("of none", "others of their own", "told apart", "others by their words alone")
+_WORDS = "Description: "  # what they stand behind in a template's layout
 
 
 def fitted(base: Base, dataset: Dataset, tasks: Sequence[str], rng: random.Random) -> Kinds:
@@ -44,19 +46,24 @@ def fitted(base: Base, dataset: Dataset, tasks: Sequence[str], rng: random.Rando
     return kinds
 
 
-def asked(base: Base, dataset: Dataset, task: str, limit: int) -> Readings:
-    """Held-out wordings of a task's records: of validation records, and of test records where nothing is validated."""
+def asked(base: Base, dataset: Dataset, task: str, limit: int) -> tuple[Readings, Readings]:
+    """Held-out wordings of validation records (of zsre test records, for it has no others), and their words alone."""
     records = dataset.records("test" if task == HELD_OUT else "validation", [task])
-    return base.read(heldout_instructions(random.Random(0).sample(records, min(limit, len(records)))))
+    told = heldout_instructions(random.Random(0).sample(records, min(limit, len(records))))
+    return base.read(told), base.read([text.split(_WORDS, 1)[1] for text in told if text is not None])
 
 
-def judge(kinds: Kinds, unknown: Readings, known: Sequence[Readings]) -> dict[str, float]:
+def judge(kinds: Kinds, unknown: Readings, known: Sequence[Readings], by_words: Sequence[Readings]) -> dict[str, float]:
     """Shares of none and of their own, and how often an unknown wording has more of none than a known one."""
     of_none = kinds(unknown)[:, -1]
-    shares = [kinds(read) for read in known]
-    own = torch.cat([share[:, kind] for kind, share in enumerate(shares)])
-    values = (float(of_none.mean()), float(own.mean()), _above(of_none, torch.cat([share[:, -1] for share in shares])))
+    known_of_none = torch.cat([kinds(read)[:, -1] for read in known])
+    values = (float(of_none.mean()), _own(kinds, known), _above(of_none, known_of_none), _own(kinds, by_words))
     return dict(zip(_COLUMNS, values, strict=True))
+
+
+def _own(kinds: Kinds, reads: Sequence[Readings]) -> float:
+    """The mean share that each kind's readings have of their own."""
+    return float(torch.cat([kinds(read)[:, kind] for kind, read in enumerate(reads)]).mean())
 
 
 def _above(some: Tensor, others: Tensor) -> float:
@@ -87,7 +94,8 @@ def main() -> None:
         for left_out in reads:
             tasks = [task for task in TASKS if task != left_out]
             kinds = fitted(base, dataset, tasks, random.Random(seed))
-            figures = judge(kinds, reads[left_out], [reads[task] for task in tasks])
+            known, by_words = zip(*(reads[task] for task in tasks), strict=True)
+            figures = judge(kinds, reads[left_out][0], known, by_words)
             rows.append({"kind": left_out, "seed": seed, **figures})
     sys.stdout.write((json.dumps(rows) if args.json else "\n".join(table(rows))) + "\n")
 

@@ -97,7 +97,7 @@ app.command(
 )(train)
 app.command(
     epilog=examples(
-        'ie edit --instruction "Task: places" --prompt "The capital of Australia is" --target Sydney',
+        'ie edit --task general --prompt "The capital of Australia is" --target Sydney',
         "ie edit --from edits.jsonl --joint --out many.safetensors",
     )
 )(edit)

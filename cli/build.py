@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .files import check_new
-from .options import DEFAULT_DATA, Debug, Force, Json, Quiet, Seed
+from .options import DEFAULT_DATA, Debug, Force, Json, Quiet, Seed, Templates
 from .render import reporting
 
 __all__ = ["build"]
@@ -20,9 +20,7 @@ def build(
         list[str] | None,
         typer.Option("--source", "-s", metavar="TASK[:SPLIT]=FILE", help="Published file; may be repeated."),
     ] = None,
-    templates: Annotated[
-        Path | None, typer.Option("--templates", metavar="DIR", help="Own templates, instead of the bundled.")
-    ] = None,
+    templates: Templates = None,
     seed: Seed = 0,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="At most N records of each task.")

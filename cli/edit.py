@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ie.errors import DataError, EditFailedError, InputError
 
 from .files import check_model, check_new, read_editor_info
-from .options import DEFAULT_EDITOR, DEFAULT_PATCH, BaseOf, Debug, Device, Dtype, Force, Json, Quant, Quiet
+from .options import DEFAULT_EDITOR, DEFAULT_PATCH, BaseOf, Debug, Device, Dtype, Force, Json, Quant, Quiet, Templates
 from .render import Render, reporting
+
+if TYPE_CHECKING:
+    from ie.data.templates import Template
 
 __all__ = ["edit", "read_requests"]
 
@@ -27,6 +31,11 @@ def edit(
         str | None, typer.Option("--prompt", "-p", metavar="P", help="Text that the model continues.")
     ] = None,
     target: Annotated[str | None, typer.Option("--target", "-t", metavar="T", help="The new continuation.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="T", help="Task whose layout the instruction gets; alone, its description too."),
+    ] = None,
+    templates: Templates = None,
     editor: Annotated[Path, typer.Option("--editor", metavar="DIR", help="Editor folder.")] = DEFAULT_EDITOR,
     model: BaseOf = None,
     out: Annotated[
@@ -83,11 +92,14 @@ def edit(
         needs_instruction = read_editor_info(editor).get("method") != "mend"
         probes = tuple(probe or ())
         if from_file is None:
-            requests = [_one(instruction, prompt, target, probes, needs_instruction=needs_instruction)]
+            told = _told(instruction, task, templates, "--task")
+            requests = [_one(told, prompt, target, probes, needs_instruction=needs_instruction)]
         elif prompt is not None or target is not None:
             raise InputError("--from cannot be used with --prompt or --target", hint="give one or the other")
         else:
-            requests = read_requests(from_file, instruction, probes, needs_instruction=needs_instruction)
+            requests = read_requests(
+                from_file, instruction, probes, task=task, templates=templates, needs_instruction=needs_instruction
+            )
         together = _together(from_file, joint=joint, sequential=sequential, regularisation=regularisation)
         out = out or (DEFAULT_PATCH if from_file is None or together else DEFAULT_FOLDER)
         check_new(out, force=force)
@@ -128,10 +140,37 @@ def _together(
     return "joint" if joint else "sequential" if sequential else None
 
 
+def _told(instruction: str | None, task: str | None, templates: Path | None, where: str) -> str | None:
+    """What the editor is told: the instruction, laid out as training had it where the task is named.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    if task is None or (instruction is not None and not instruction.strip()):
+        return instruction
+    known = _templates(templates)
+    if task not in known:
+        raise InputError(f"{where}: no template of task {task!r}", hint=f"there are {', '.join(known)}")
+    return known[task].laid_out(known[task].about if instruction is None else instruction)
+
+
+@cache
+def _templates(folder: Path | None) -> dict[str, Template]:
+    from ie.data.templates import load_templates
+
+    return load_templates(folder)
+
+
 def read_requests(
-    file: Path, instruction: str | None, probes: tuple[str, ...], *, needs_instruction: bool
+    file: Path,
+    instruction: str | None,
+    probes: tuple[str, ...],
+    *,
+    task: str | None = None,
+    templates: Path | None = None,
+    needs_instruction: bool,
 ) -> list[dict[str, Any]]:
-    """Read `--from`: one JSON object a line, with prompt and target, and instruction and probes where they differ.
+    """Read `--from`: one JSON object a line, with prompt and target, and instruction, task and probes of its own.
 
     Raises:
         DataError: the file cannot be read, or a line is not as expected; the message names the line.
@@ -143,17 +182,17 @@ def read_requests(
         with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(jsonlines.Reader(lines).iter(type=dict, skip_empty=True), 1):
                 where = f"{file}, edit {number}"
-                unknown = sorted(set(line) - {"instruction", "prompt", "target", "probes"})
+                unknown = sorted(set(line) - {"instruction", "task", "prompt", "target", "probes"})
                 if unknown:
                     raise DataError(f"{where}: unknown fields: {', '.join(unknown)}", hint=_FROM_HINT)
                 own = line.get("probes", [])
                 if not isinstance(own, list) or not all(isinstance(text, str) and text.strip() for text in own):
                     raise DataError(f"{where}: probes must be a list of texts", hint=_FROM_HINT)
+                named = {name: _text(line[name], name, where) for name in ("instruction", "task") if name in line}
+                told = _told(named.get("instruction", instruction), named.get("task", task), templates, where)
                 requests.append(
                     {
-                        "instruction": _text(line.get("instruction", instruction), "instruction", where)
-                        if needs_instruction or "instruction" in line
-                        else instruction,
+                        "instruction": _text(told, "instruction", where) if needs_instruction else told,
                         "prompt": _text(line.get("prompt"), "prompt", where),
                         "target": _text(line.get("target"), "target", where),
                         "probes": (*probes, *own),

@@ -24,6 +24,7 @@ __all__ = [
     "Quant",
     "Quiet",
     "Seed",
+    "Templates",
     "examples",
 ]
 
@@ -38,6 +39,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no prog
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is already there.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
+Templates = Annotated[
+    Path | None, typer.Option("--templates", metavar="DIR", help="Own templates, instead of the bundled.")
+]
 Model = Annotated[str, typer.Option("--model", "-m", metavar="M", help="Base model: toy, a folder or a hub id.")]
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Dataset folder, as `ie build` makes it.")]
 BaseOf = Annotated[

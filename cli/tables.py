@@ -175,6 +175,7 @@ def edit_view(result: Json) -> View:
         "target probability": f"{_probability(chance['before'])} before, {_probability(chance['after'])} after",
         "patch": f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})",
         "energy kept": _percent(result["energy_kept"]),
+        **({"kind of edit": _kind(result["kind"])} if "kind" in result else {}),
         "time": f"{result['seconds']:.2f} s",
     }
     return [table, _GAP, _facts(None, facts)]
@@ -194,6 +195,10 @@ def _changed_probes(edits: Sequence[Json]) -> View:
 
 def _probability(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
+
+
+def _kind(name: str) -> str:
+    return "unknown to the editor; --task names one" if name == "unknown" else name
 
 
 def _mark(took: object) -> Text:

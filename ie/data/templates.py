@@ -74,6 +74,17 @@ class Template(BaseModel):
         """The styles of the held-out instructions, in the order of `render(record, "heldout")`."""
         return tuple(instruction.style for instruction in self.heldout)
 
+    def laid_out(self, instruction: str) -> str:
+        """An instruction of a user's own in the layout of this task's, which is how an editor knows the task best.
+
+        Raises:
+            TemplateError: the layout asks for what a record alone has.
+        """
+        try:
+            return _lay_out(self, instruction, {})
+        except RENDER_ERRORS as error:
+            raise TemplateError(f"{self.task}.yaml, field `layout`: {error} (of no record)") from error
+
     def texts(self, group: Literal["train", "heldout"]) -> tuple[str, ...]:
         """The unfilled instructions of one group."""
         return self.train if group == "train" else tuple(instruction.text for instruction in self.heldout)
@@ -140,11 +151,12 @@ def _compiled(text: str) -> jinja2.Template:
 def _fill(template: Template, text: str, values: tuple[tuple[str, str], ...]) -> str:
     """One instruction, filled and laid out; kept, because most instructions are the same for many records."""
     given = dict(values)
-    instruction = " ".join(_compiled(text).render(given).split())
-    laid_out = _compiled(template.layout).render(
-        {**given, "name": template.name, "about": template.about, "instruction": instruction}
-    )
-    return laid_out.strip()
+    return _lay_out(template, _compiled(text).render(given), given)
+
+
+def _lay_out(template: Template, instruction: str, given: Mapping[str, str]) -> str:
+    values = {"name": template.name, "about": template.about, "instruction": " ".join(instruction.split())}
+    return _compiled(template.layout).render({**given, **values}).strip()
 
 
 def instructed(instruction: str, prompt: str) -> str:

@@ -113,6 +113,7 @@ def edit(settings: EditSettings) -> dict[str, Any]:
         for offset, (one, patch) in enumerate(zip(chunk, made, strict=True)):
             path = _path(settings, start + offset, one.prompt)
             results.append(_describe(base, patch, path, patch.save(path), seconds))
+    _name_kinds(base, editor, info, settings.requests, results)
     return {"edits": results} if settings.many else results[0]
 
 
@@ -138,6 +139,7 @@ def _together(base: Base, editor: Editor, info: EditorInfo, settings: EditSettin
     for document, end in zip(documents, told, strict=True):
         at_end = replace(patch, info=document.model_copy(update=end))
         edits.append(_describe(base, at_end, settings.out, n_bytes, seconds))
+    _name_kinds(base, editor, info, settings.requests, edits)
     result = {"patch": str(settings.out), "bytes": n_bytes, "rank": patch.rank, "dtype": patch.dtype, "edits": edits}
     if settings.together == "sequential":
         for entry, document in zip(edits, documents, strict=True):
@@ -145,6 +147,22 @@ def _together(base: Base, editor: Editor, info: EditorInfo, settings: EditSettin
         at_once = [entry for entry in edits if entry["took_at_once"]]
         result["still_take"] = sum(entry["took"] for entry in at_once) / len(at_once) if at_once else None
     return result
+
+
+def _name_kinds(
+    base: Base, editor: Editor, info: EditorInfo, requests: Sequence[RequestSettings], results: list[dict[str, Any]]
+) -> None:
+    """Say of each edit as which of the editor's tasks it takes the instruction: `unknown` for none of them.
+
+    Nothing is said where the editor doesn't tell tasks apart, or there is no instruction.
+    """
+    if editor.kinds is None:
+        return
+    names = (*info.tasks, "unknown")
+    nearest = editor.kinds(base.read([one.instruction for one in requests])).argmax(-1).tolist()
+    for one, kind, result in zip(requests, nearest, results, strict=True):
+        if one.instruction is not None:
+            result["kind"] = names[kind]
 
 
 def make_joint_patch(

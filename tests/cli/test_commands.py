@@ -192,6 +192,20 @@ def test_edits_from_a_file(run: Any, library: Any, editor_folder: Path) -> None:
     assert (seen[0].out, seen[0].many) == (Path("patches"), True)
 
 
+def test_a_named_task_lays_the_instruction_out_as_training_had_it(run: Any, library: Any, editor_folder: Path) -> None:
+    from ie.data.templates import load_templates
+
+    general, people = (load_templates()[task] for task in ("general", "people"))
+    seen = edit_library(library, {"edits": [EDITED] * 3})
+    lines = [{"prompt": "P", "target": "T"}, {"prompt": "Q", "target": "U", "instruction": "J", "task": "people"}]
+    Path("edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run("edit", "--from", "edits.jsonl", "--task", "general")
+    told = ["Task: General knowledge\nDescription: " + general.about, "Task: People\nDescription: J"]
+    assert [request["instruction"] for request in seen[0].requests] == told
+    assert told[1] == people.laid_out("J")
+    assert "no template of task 'x'" in run("edit", *ONE, "--task", "x", code=2).stderr
+
+
 def test_an_edit_that_does_not_take_is_shown_and_ends_with_3(workdir: Path, library: Any, editor_folder: Path) -> None:
     from ie.cli.app import app
     from typer.testing import CliRunner

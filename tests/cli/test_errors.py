@@ -109,6 +109,7 @@ def test_edit_checks_its_texts(args: list[str], said: str, run: Any, editor_fold
         ('{"prompt": "a", "target": "b"}\n', "instruction is missing"),
         ('{"prompt": "a", "target": "b", "aim": "c"}\n', "unknown fields: aim"),
         ('{"prompt": "a", "target": "b", "instruction": "i", "probes": "x"}\n', "probes must be a list"),
+        ('{"prompt": "a", "target": "b", "task": "x"}\n', "edit 1: no template of task 'x'"),
         ("[1]\n", "line 1"),
     ],
 )

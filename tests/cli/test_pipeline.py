@@ -58,6 +58,7 @@ def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
     assert made["took"] and made["after"] == made["target"] != made["before"]
     assert made["target_probability"]["after"] > made["target_probability"]["before"]
     assert made["bytes"] == patch.stat().st_size and made["rank"] >= 1 and len(made["probes"]) == 1
+    assert made["kind"] == "people"
 
     applied = ie("apply-patch", patch, "--prompt", made["prompt"], "--merge", tmp_path / "m", "--peft", tmp_path / "p")
     assert applied["took"] and applied["previews"][1]["after"] == made["target"]

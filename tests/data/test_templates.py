@@ -63,6 +63,15 @@ def test_bundled_templates_are_complete():
         assert len(found.styles) == len(found.render(record(**FIELDS), "heldout"))
 
 
+def test_an_instruction_of_a_users_own_gets_the_tasks_layout(load):
+    found = load_templates()["people"]
+    assert found.laid_out("  Do\n this. ") == "Task: People\nDescription: Do this."
+    assert found.laid_out("Do this.") == found.model_copy(update={"train": ("Do this.",)}).render(record(), "train")[0]
+    of_records = load(template(layout="{{ subject }}: {{ instruction }}"))["demo"]
+    with pytest.raises(TemplateError, match=r"demo\.yaml, field `layout`"):
+        of_records.laid_out("Do this.")
+
+
 def test_bundled_instructions_differ_over_all_tasks():
     texts = [
         text for found in load_templates().values() for group in ("train", "heldout") for text in found.texts(group)
