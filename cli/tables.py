@@ -198,7 +198,7 @@ def _probability(value: float) -> str:
 
 
 def _kind(name: str) -> str:
-    return "unknown to the editor; --task names one" if name == "unknown" else name
+    return "unknown to the editor (see --task)" if name == "unknown" else name
 
 
 def _mark(took: object) -> Text:
