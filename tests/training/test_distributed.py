@@ -24,6 +24,7 @@ from ie.training.episodes import Relations, make_episodes
 from ie.training.loss import backward
 
 OPTIONS = {"steps": 8, "batch_size": 5, "rank": 8, "n_fit": 10, "learning_rate": 1e-2, "patience": None}
+OPTIONS |= {"seed": 1}  # with seed 0 one bias' gradient cancels out, and Adam makes a step of what rounding leaves
 
 
 @pytest.mark.slow
@@ -59,8 +60,7 @@ def test_two_processes_train_the_editor_of_one(checkpoint: Callable[..., Path], 
             pair = [torch.cdist(rows, rows) for rows in pair]
         # Of directions in deviations within a kind products are some thousand, sums of float32 in another order.
         size = pair[1].abs().max().item() if name.startswith("kinds.") else 1.0
-        # Where a gradient's parts cancel out, Adam makes a step of what rounding leaves: here 1.1e-5 once, of 1.5e-3.
-        torch.testing.assert_close(*pair, atol=3e-5 * size, rtol=1e-5, msg=name)
+        torch.testing.assert_close(*pair, atol=1e-5 * size, rtol=1e-5, msg=name)
     moved = [tensor for name, tensor in one.items() if name.endswith(".up")]
     assert all(tensor.abs().max() > 1e-3 for tensor in moved)  # U starts at zero
 
