@@ -2,9 +2,10 @@
 
 What the base makes of an instruction is compared with the means of training's kinds, along the directions that tell
 these best apart (Fisher's linear discriminants), in deviations within a kind. A kind's share is its probability, were
-each kind a Gaussian of the same covariance, and what is of no kind one more, in the middle of them all: an unknown kind
-has little of what tells the known ones apart. It opens the parts of all of them alike, so that what they disagree on
-evens out (docs/experiments.md). Edits without an instruction open none.
+each kind a Gaussian of the same covariance. What is of no kind is one more in the middle of them all, for an unknown
+kind has little of what tells the known ones apart, and as likely everywhere as a kind is half of the way between the
+nearest two, for it may also be unlike anything known. It opens the parts of all kinds alike, so that what they disagree
+on evens out (docs/experiments.md). Edits without an instruction open none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["Kinds", "opened"]
 
 _SHRINKAGE = 0.3  # of the covariance within kinds, as a share of its mean eigenvalue
 _ROUNDING = 1e-8  # of the second moment: what a variance may come out as that is zero, and more
-_FAR = 1e6  # where a kind stands that no instruction told of
+_FAR = 1e6  # how far kinds stand from all others that no instruction told of
 
 
 class Kinds(nn.Module):
@@ -41,7 +42,7 @@ class Kinds(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(d_features))
         self.register_buffer("directions", torch.zeros(n_kinds - 1, d_features))
-        self.register_buffer("places", torch.full((n_kinds, n_kinds - 1), _FAR))
+        self.register_buffer("places", _FAR * torch.arange(1.0, n_kinds + 1)[:, None].repeat(1, n_kinds - 1))
         self.register_buffer("count", torch.zeros(n_kinds, dtype=torch.float64), persistent=False)
         self.register_buffer("total", torch.zeros(n_kinds, d_features, dtype=torch.float64), persistent=False)
         self.moment = None
@@ -79,9 +80,11 @@ class Kinds(nn.Module):
     def forward(self, read: Readings) -> Tensor:
         """Shares (n, n_kinds + 1) float32 of n instructions, the last that of no kind; zeros without an instruction."""
         at = (read.inputs - self.mean) @ self.directions.T
-        # Less the log-density of what is of no kind, which stands at the kinds' mean: 0.
+        # Less the log-density of a kind at their mean, so that a reading's own length cancels.
         of_kinds = at @ self.places.T - 0.5 * self.places.square().sum(-1)
-        return nn.functional.pad(of_kinds, (0, 1)).softmax(-1) * read.given[:, None]
+        reach = torch.pdist(self.places).min() / 2
+        of_none = torch.logaddexp(torch.zeros(()).to(at), 0.5 * (at.square().sum(-1) - reach**2))
+        return torch.cat((of_kinds, of_none[:, None]), 1).softmax(-1) * read.given[:, None]
 
 
 def opened(shares: Tensor) -> Tensor:

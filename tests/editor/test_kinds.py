@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,28 +44,48 @@ def covariance(values: list[Tensor]) -> Tensor:
 
 
 def test_shares_are_the_probabilities_of_gaussians_of_one_covariance() -> None:
-    """What an instruction says across the discriminants is as likely of each; none stands at the kinds' mean."""
+    """What an instruction says across the discriminants is as likely of each, and of none."""
     values = observed()
-    kinds, within = fitted(values), covariance(values)
+    kinds, root = fitted(values), torch.linalg.cholesky(covariance(values))
     means = torch.stack([one.mean(0) for one in values]).double()
-    asked = torch.cat([one[:40] for one in values])
-    gaussians = torch.distributions.MultivariateNormal(torch.cat((means, means.mean(0, keepdim=True))), within)
-    expected = gaussians.log_prob(asked.double()[:, None]).softmax(-1).float()
-    found = kinds(readings(asked))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-    assert (found.argmax(-1) == torch.arange(N_KINDS).repeat_interleave(40)).float().mean() > 0.95
+    middle = means.mean(0)
+    outside = middle + 2.5 * (means - middle)
+    asked = torch.cat([*(one[:40].double() for one in values), middle + torch.randn(40, D) / 3, outside])
+
+    def deviations(points: Tensor) -> Tensor:  # from the middle, in the plane of the kinds' means
+        apart = torch.linalg.solve(root, (points - middle).T).T
+        plane = torch.linalg.solve(root, (means - middle).T).T
+        return apart @ torch.linalg.pinv(plane) @ plane
+
+    centres, at = deviations(torch.cat((means, middle[None]))), deviations(asked)
+    nearest = min(float((centres[one] - centres[other]).norm()) for one in range(N_KINDS) for other in range(one))
+    likely = (-0.5 * torch.cdist(at, centres) ** 2).exp()
+    likely[:, -1] += math.exp(-0.5 * (nearest / 2) ** 2)
+    found = kinds(readings(asked.float()))
+    torch.testing.assert_close(found, (likely / likely.sum(-1, keepdim=True)).float(), atol=1e-4, rtol=1e-3)
+    told = torch.arange(N_KINDS + 1).repeat_interleave(40)
+    assert (found[: len(told)].argmax(-1) == told).float().mean() > 0.95
+    assert (found[len(told) :].argmax(-1) == N_KINDS).all()
 
 
-def test_of_no_kind_is_what_stands_between_all() -> None:
+def test_of_no_kind_is_what_stands_between_all_or_far_from_all() -> None:
     values = observed()
     kinds = fitted(values)
     means = torch.stack([one.mean(0) for one in values])
     middle = means.mean(0, keepdim=True)
     across = torch.linalg.qr(torch.cat((kinds.directions, torch.randn(1, D))).T).Q[:, -1]  # of no discriminant
     torch.testing.assert_close(kinds(readings(middle + 100 * across)), OF_NONE, atol=1e-2, rtol=0)
-    halfway = kinds(readings((means + middle) / 2))
-    torch.testing.assert_close(halfway.diagonal(), halfway[:, -1], atol=1e-3, rtol=1e-3)
-    assert (kinds(readings(middle + 3 * (means - middle)))[:, :-1].diagonal() > 0.99).all()
+    torch.testing.assert_close(
+        kinds(readings(middle + 1e3 * (means - middle))), OF_NONE.expand(N_KINDS, -1), atol=0, rtol=0
+    )
+    one, other = min(itertools.combinations(range(N_KINDS), 2), key=lambda pair: _apart(kinds, *pair))
+    halfway = kinds(readings((means[one] + means[other])[None] / 2))[0]  # the middle adds to what is of none there
+    torch.testing.assert_close(halfway[one], halfway[other], atol=1e-3, rtol=1e-3)
+    assert 1 / 3 < halfway[-1] < 1 / 2
+
+
+def _apart(kinds: Kinds, one: int, other: int) -> float:
+    return float((kinds.places[one] - kinds.places[other]).norm())
 
 
 def test_what_is_of_none_opens_all_parts_alike() -> None:
