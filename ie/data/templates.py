@@ -36,6 +36,7 @@ FOLDER_HINT = "--templates takes a folder of TASK.yaml files"
 REVEALING = frozenset(
     {"answer", "ground_truth", "locality", "portability", "prompt", "rephrases", "target", "unwanted", "wanted"}
 )
+_MARK = "\0"  # stands for an instruction where its layout is looked at
 LAYOUT_NAMES = frozenset({"about", "instruction", "name"})
 # What an expression inside a template may raise when it is evaluated, beside Jinja's own errors.
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -77,11 +78,14 @@ class Template(BaseModel):
     def laid_out(self, instruction: str) -> str:
         """An instruction of a user's own in the layout of this task's, which is how an editor knows the task best.
 
+        One that is laid out already stays as it is.
+
         Raises:
             TemplateError: the layout asks for what a record alone has.
         """
         try:
-            return _lay_out(self, instruction, {})
+            before, _, behind = _lay_out(self, _MARK, {}).partition(_MARK)
+            return _lay_out(self, instruction.strip().removeprefix(before).removesuffix(behind), {})
         except RENDER_ERRORS as error:
             raise TemplateError(f"{self.task}.yaml, field `layout`: {error} (of no record)") from error
 

@@ -67,6 +67,9 @@ def test_an_instruction_of_a_users_own_gets_the_tasks_layout(load):
     found = load_templates()["people"]
     assert found.laid_out("  Do\n this. ") == "Task: People\nDescription: Do this."
     assert found.laid_out("Do this.") == found.model_copy(update={"train": ("Do this.",)}).render(record(), "train")[0]
+    assert found.laid_out(f"{found.laid_out('Do this.')}\n") == found.laid_out("Do this.")
+    marked = load(template(layout="<{{ name }}> {{ instruction }} <end>"))["demo"]
+    assert marked.laid_out(marked.laid_out("Do this.")) == marked.laid_out("Do this.")
     of_records = load(template(layout="{{ subject }}: {{ instruction }}"))["demo"]
     with pytest.raises(TemplateError, match=r"demo\.yaml, field `layout`"):
         of_records.laid_out("Do this.")
