@@ -87,9 +87,10 @@ def answers(base: Base, asks: Sequence[Ask], update: Update | None = None) -> li
         written = base.generate(texts, max(limits[i] for i in indices), update, _rows(asks, indices, update, base))
         for index, ids in zip(indices, written, strict=True):
             limit = limits[index]
-            shown = base.tokenizer.decode(ids[:limit]).strip()
+            shown = base.tokenizer.decode(ids[:limit]).lstrip()
             ended = len(ids) < limit or "\n" in shown
-            out[index] = shown.split("\n")[0].strip() if ended else _cut(shown, asks[index].answer)
+            first = shown.split("\n")[0].strip()
+            out[index] = first if ended else _cut(first, asks[index].answer)
     return out
 
 

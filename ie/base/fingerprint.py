@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from ie.errors import ModelError
 
-__all__ = ["INDEX", "checkpoint_files", "fingerprint_checkpoint"]
+__all__ = ["INDEX", "WHOLE", "checkpoint_files", "fingerprint_checkpoint"]
 
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 _N_SAMPLES = 64
@@ -25,26 +26,24 @@ _VOLATILE = ("architectures", "dtype", "quantization_config", "torch_dtype", "tr
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """The safetensors files of a checkpoint that transformers loads; others beside them are none of it.
 
     Raises:
         ModelError: if there are none, or if its index names others; weights that only pickle can read are refused.
     """
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    if not files:
-        raise ModelError(
-            f"{folder} holds no .safetensors weights",
-            hint="Point --model at a folder saved by save_pretrained(); pickled weights are not read.",
-        )
-    _check_index(folder, {file.name for file in files})
-    return files
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        return _shards(folder)
+    raise ModelError(
+        f"{folder} holds no {WHOLE} and no {INDEX}",
+        hint="Point --model at a folder saved by save_pretrained(); pickled weights are not read.",
+    )
 
 
-def _check_index(folder: Path, present: set[str]) -> None:
-    """Refuse an index that leads out of its folder or to files that are not there: loading would follow it."""
-    index = folder / INDEX
-    if not index.is_file():
-        return
+def _shards(folder: Path) -> list[Path]:
+    """What an index names; one that leads out of its folder or to files that are not there is refused."""
+    index, present = folder / INDEX, {path.name for path in folder.glob("*.safetensors")}
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(str(name) for name in named - present)
@@ -55,6 +54,7 @@ def _check_index(folder: Path, present: set[str]) -> None:
             f"{index} names files that are not in its folder: {', '.join(missing)}",
             hint="Copy the whole checkpoint; shards must lie beside their index.",
         )
+    return sorted(folder / name for name in named)
 
 
 def fingerprint_checkpoint(folder: Path) -> str:
@@ -70,7 +70,7 @@ def fingerprint_checkpoint(folder: Path) -> str:
                     part = file.get_slice(name)
                     shape = part.get_shape()
                     # A row from the middle: padding rows at either end of an embedding are often all alike.
-                    rows = part[shape[0] // 2 : shape[0] // 2 + 1] if len(shape) > 1 else part[:_N_SAMPLES]
+                    rows = part[shape[0] // 2 : shape[0] // 2 + 1] if len(shape) > 1 else file.get_tensor(name)
                     values = rows.flatten()[:_N_SAMPLES].to(torch.bfloat16).view(torch.int16)
                     samples[name] = repr(shape).encode() + values.numpy().tobytes()
         except SafetensorError as error:

@@ -23,6 +23,8 @@ from ie.errors import ModelError
 
 __all__ = ["load_base"]
 
+_MAX_SHOWN = 4  # names in an error
+
 
 def load_base(
     name: str = "toy",
@@ -97,7 +99,11 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=plan.dtype
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model: PreTrainedModel = loaded[0]
+    _check_complete(folder, loaded[1])
     if plan.quant == "8bit":
         multiply_in_own_dtype(model)
     for module in model.modules():
@@ -105,6 +111,17 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
             # bitsandbytes would repack 4-bit weights in place for a CPU kernel that has no gradient.
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (not in torch's types)
     return model
+
+
+def _check_complete(folder: Path, info: Any) -> None:
+    """Refuse a checkpoint that lacks weights of its own architecture: transformers would draw them at random."""
+    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if wrong:
+        more = f" and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""
+        raise ModelError(
+            f"{folder} has no weights, or some of another shape, for {', '.join(wrong[:_MAX_SHOWN])}{more}",
+            hint="Its config.json and its weights are not of one model, or a file is missing.",
+        )
 
 
 def _quiet() -> None:

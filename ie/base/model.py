@@ -198,9 +198,11 @@ class Base:
     ) -> list[list[int]]:
         """Greedy continuations of each text's prompt, up to an end-of-text token (left out) or `n_tokens`.
 
-        Prompts are padded on the left, as decoding needs it. `through_end` bars end-of-text tokens.
+        Prompts are padded on the left, as decoding needs it; where prompt and continuation would be longer than the
+        base reads, the prompt loses tokens from its front. `through_end` bars end-of-text tokens.
         """
-        prompts = [text.ids[: text.n_prompt] for text in texts]
+        room = max(1, self.max_length - n_tokens)
+        prompts = [text.ids[: text.n_prompt][-room:] for text in texts]
         width = max(map(len, prompts))
         ids = torch.tensor([[*[self.pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -16,6 +16,10 @@ __all__ = ["TOY_FOLDER", "Plan", "meta_model", "plan_load", "resolve_folder"]
 
 TOY_FOLDER = Path(__file__).parent / "toy_base"
 
+# Of a hub's repository; some hold the same weights in other formats too.
+_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_NOT_NEEDED = ["*/*", "consolidated*"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,13 +52,27 @@ def plan_load(quant: str = "auto", dtype: str = "auto", device: str = "auto") ->
     ):
         if value not in known:
             raise InputError(f"unknown {flag} {value!r}, expected one of: {', '.join(known)}")
-    gpu = torch.cuda.is_available()
-    where = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
+    where = _device(device)
     on_gpu = where.type == "cuda"
     kind = ("8bit" if on_gpu else "none") if quant == "auto" else quant
     compute = (torch.bfloat16 if on_gpu else torch.float32) if dtype == "auto" else DTYPES[dtype]
     reason = "a GPU is there: the base fits in a quarter of the memory" if on_gpu else "no GPU: fp32 is exact"
     return Plan(where, compute, kind, reason)
+
+
+def _device(name: str) -> torch.device:
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if n_gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise InputError(
+            f"there is no device {name!r}: torch sees {n_gpus} GPUs", hint="`ie doctor` says what is there"
+        )
+    return device
 
 
 def resolve_folder(name: str) -> Path:
@@ -79,7 +97,7 @@ def resolve_folder(name: str) -> Path:
             hint="Use 'toy', a folder saved by save_pretrained(), or a hub id such as owner/name.",
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=_NEEDED, ignore_patterns=_NOT_NEEDED))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(

@@ -10,6 +10,7 @@ before its record, and what a killed process left half written is cut off when t
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 import weakref
@@ -48,8 +49,7 @@ class StateFile:
         except Timeout as error:
             raise OSError(f"{folder} is in use by another process") from error
         self._d_model, self._budget_bytes = d_model, budget_bytes
-        self._path = folder / "states.bf16"
-        self._states = self._path.open("ab", buffering=0)
+        self._states = (folder / "states.bf16").open("a+b", buffering=0)
         self._index = (folder / "index").open("a+b", buffering=0)
         self._close = weakref.finalize(self, _close, self._states, self._index, self._lock)
         self._end = 0
@@ -72,7 +72,9 @@ class StateFile:
         start, n_rows = place
         first, n_values = start // _DTYPE.itemsize, n_rows * self._d_model
         if first + n_values > len(self._map):
-            self._map = torch.from_file(str(self._path), shared=False, size=self._end // _DTYPE.itemsize, dtype=_DTYPE)
+            # By the open file, not by its name: whoever empties the cache may have let another process begin anew.
+            mapped = mmap.mmap(self._states.fileno(), self._end, access=mmap.ACCESS_COPY)
+            self._map = torch.frombuffer(mapped, dtype=_DTYPE)
         return self._map[first : first + n_values].view(n_rows, self._d_model).clone()
 
     def put(self, ids: Sequence[int], states: Tensor) -> None:

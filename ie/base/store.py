@@ -43,7 +43,7 @@ class TextStore:
         self.n_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._kept) + len(self._absent) + (len(self._file) if self._file else 0)
+        return len(self._kept) + len(self._absent) + (0 if self._file is None else len(self._file))
 
     def __contains__(self, text: Text) -> bool:
         """Whether a text's tensor is kept in memory, or was by the store that this one goes on from."""
@@ -52,7 +52,7 @@ class TextStore:
     @property
     def n_file_bytes(self) -> int:
         """How much the file holds."""
-        return self._file.n_bytes if self._file else 0
+        return 0 if self._file is None else self._file.n_bytes
 
     def get(self, texts: Sequence[Text], compute: Callable[[list[Text]], Sequence[Tensor]]) -> list[Tensor]:
         """The tensor of each text, in order; `compute` is asked once for all that are missing."""
@@ -125,7 +125,8 @@ class TextStore:
             self._kept[key] = tensor
             self.n_bytes += tensor.nbytes
             return tensor
-        self._file = self._file or self._open()
+        if self._file is None:  # an empty one is false
+            self._file = self._open()
         if self._file is None:
             return tensor
         self._file.put(text.ids, tensor)

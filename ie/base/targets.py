@@ -84,7 +84,7 @@ def find_targets(model: nn.Module, n_blocks: int = N_EDITED_BLOCKS) -> tuple[Edi
     """MLP projections of the last `n_blocks` blocks, in forward order of the blocks: one up and one down in each.
 
     Raises:
-        ModelError: if those blocks hold no linear projection outside attention.
+        ModelError: if those blocks hold no linear projection outside attention, or a mixture of experts.
     """
     path, blocks = find_blocks(model)
     targets: list[EditTarget] = []
@@ -92,15 +92,17 @@ def find_targets(model: nn.Module, n_blocks: int = N_EDITED_BLOCKS) -> tuple[Edi
         # Of projections of one shape the last: a gate is defined before what it gates.
         of_shape: dict[tuple[int, int], EditTarget] = {}
         for name, module in _outside_attention(blocks[index]):
+            if name.endswith("experts"):  # a shared one beside them is a part of the MLP only
+                raise ModelError(
+                    f"{type(model).__name__} has a mixture of experts in block {index}",
+                    hint="Only blocks with one MLP can be edited.",
+                )
             shape = module_shape(module)
             if shape is not None:
                 of_shape[shape] = EditTarget(f"{path}.{index}.{name}", index, *shape)
         targets += of_shape.values()
     if not targets:
-        raise ModelError(
-            f"{type(model).__name__} has no linear MLP projection in its last {n_blocks} blocks",
-            hint="Models whose MLPs are mixtures of experts cannot be edited yet.",
-        )
+        raise ModelError(f"{type(model).__name__} has no linear MLP projection in its last {n_blocks} blocks")
     return tuple(targets)
 
 

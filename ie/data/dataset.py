@@ -130,7 +130,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                         yield n, reader.read(type=dict)
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}", hint="check the path") from error
-    except jsonlines.InvalidLineError as error:
+    except (jsonlines.InvalidLineError, RecursionError) as error:
         problem = str(error).split(" (line")[0]
         raise DataError(f"{path}, line {n}: {problem}", hint=RECORD_HINT) from error
     except UnicodeDecodeError as error:
@@ -201,10 +201,10 @@ def _read_info(file: Path) -> Mapping[str, Any]:
         raise DataError(f"{file.parent} is no dataset folder: it has no {INFO_FILE}", hint=BUILD_HINT) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg}", hint=BUILD_HINT) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}", hint=BUILD_HINT) from error
     version = info.get("format_version") if isinstance(info, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise DataError(f"{file}: no format_version", hint=BUILD_HINT)
     if version > FORMAT_VERSION:
         raise DataError(

@@ -48,7 +48,7 @@ def read_entries(file: Path) -> tuple[list[Entry], Counter[str]]:
     entries = []
     for where, n, item in items:
         if isinstance(item, Mapping):
-            number = item.get("case_id", n)
+            number = first_text(item.get("case_id")) or n
             entries.append(Entry(f"{file.stem}-{number}", where, item))
         else:
             skipped["not an object"] += 1
@@ -69,7 +69,7 @@ def _items(file: Path) -> list[tuple[str, int, Any]]:
         raise DataError(
             f"{file}, line {error.lineno}: broken JSON: {error.msg}", hint="expected a JSON list of records, or JSONL"
         ) from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}", hint="expected JSON or JSONL in UTF-8") from error
     if isinstance(content, Mapping):
         raise DataError(

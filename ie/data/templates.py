@@ -222,7 +222,7 @@ def _load(file: Traversable) -> Template:
             f"{file.name}{line}: not valid YAML: {error.problem or error}",
             hint="put texts that hold a colon or begin with {{ in quotes",
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a date that is none is a plain ValueError
         raise TemplateError(f"{file.name}: cannot be read: {error}", hint="a template is YAML in UTF-8") from error
     if not isinstance(content, dict):
         raise TemplateError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ie.data.templates import instructed
 from ie.errors import DataError
 
 __all__ = ["Text", "TextEncoder", "TokenBatch", "collate"]
+
+_N_KEPT = 2**15
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Text:
 
 
 class TextEncoder:
-    """Turns prompts and answers into `Text`, each different text once.
+    """Turns prompts and answers into `Text`, of the last 32,768 each different text once.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -51,8 +54,9 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._texts: dict[tuple[str, str, str | None, int | None], Text] = {}
-        self._known: dict[str, list[int]] = {}
+        self._kept = lru_cache(maxsize=_N_KEPT)(self._encode)
+        # Prompts and instructions come in many texts; "" stands for what the tokenizer puts before every text.
+        self._ids = lru_cache(maxsize=_N_KEPT)(self._tokenise)
 
     def __call__(
         self, prompt: str, answer: str = "", instruction: str | None = None, ending: int | None = None
@@ -62,34 +66,27 @@ class TextEncoder:
         Raises:
             DataError: if the answer adds no token to the prompt.
         """
-        key = (prompt, answer, instruction, ending)
-        text = self._texts.get(key)
-        if text is None:
-            text = self._texts[key] = self._encode(prompt, answer, instruction, ending)
-        return text
+        return self._kept(prompt, answer, instruction, ending)
 
     def _encode(self, prompt: str, answer: str, instruction: str | None, ending: int | None) -> Text:
         shown = prompt if instruction is None else instructed(instruction, prompt)
-        ids = self._ids(f"{shown} {answer}" if answer else shown)
+        ids = self._tokenise(f"{shown} {answer}") if answer else self._ids(shown)
         n_prompt = _common(ids, self._ids(shown)) if answer else len(ids)
         if answer and n_prompt == len(ids):
             raise DataError(f"the answer {answer!r} adds no token to the prompt {prompt!r}")
         lead = "" if instruction is None else instructed(instruction, "").rstrip()
         n_instruction = _common(ids, self._ids(lead))
-        ids = ids if ending is None else [*ids, ending]
+        ids = ids if ending is None else (*ids, ending)
         dropped = max(0, len(ids) - self._max_length)
         if n_prompt - dropped < 1:
             raise DataError(
                 f"prompt and answer have {len(ids)} tokens, the base model reads {self._max_length}",
                 hint="Shorten the answer.",
             )
-        return Text(tuple(ids[dropped:]), max(0, n_instruction - dropped), n_prompt - dropped)
+        return Text(ids[dropped:], max(0, n_instruction - dropped), n_prompt - dropped)
 
-    def _ids(self, text: str) -> list[int]:
-        # Prompts and instructions come in many texts; "" stands for what the tokenizer puts before every text.
-        if text not in self._known:
-            self._known[text] = list(self._tokenizer(text)["input_ids"])
-        return self._known[text]
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text)["input_ids"])
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

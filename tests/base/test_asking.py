@@ -87,6 +87,36 @@ def test_batches_do_not_change_answers(load: Callable[..., Base], monkeypatch: p
         ]
 
 
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        (" Paris, France.\n", "Paris, France."),
+        (" Paris, France.\nThe", "Paris, France."),
+        ("\nParis\n", "Paris"),
+        (" Paris, France.", "Paris"),  # goes on: cut where the awaited one ends
+        (" Lima\nParis", "Lima"),
+    ],
+)
+def test_a_line_break_ends_an_answer_wherever_it_stands(
+    load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch, written: str, answer: str
+) -> None:
+    base = load("gpt2")
+    ids = base.tokenizer(written)["input_ids"]
+    monkeypatch.setattr(Base, "generate", lambda *_: [ids])
+    monkeypatch.setattr(asking, "_limit", lambda *_: len(ids))
+    assert answers(base, [Ask("The capital is", "Paris")]) == [answer]
+
+
+@pytest.mark.parametrize("awaited", ["Lissel", ""])
+def test_a_prompt_of_full_length_leaves_room_for_its_answer(load: Callable[..., Base], awaited: str) -> None:
+    """Learned positions end where the configuration says."""
+    base = load("gpt2")
+    ask = Ask("The harbour town of Lissel lies in the north of Varn. " * 40, awaited)
+    assert len(base.encode(ask.prompt, awaited).ids) == base.max_length == 256
+    assert len(answers(base, [ask])) == 1
+    assert len(continuations(base, [ask], 32)[0]) == 32
+
+
 def test_answers_are_greedy_and_end_with_the_line(load: Callable[..., Base]) -> None:
     base = load("gpt2")
     texts = [base.encode(ask.prompt, ask.answer, ask.instruction) for ask in ASKS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ie.base import Base, load_base
-from ie.base.fingerprint import fingerprint_checkpoint
+from ie.base.fingerprint import INDEX, fingerprint_checkpoint
 from ie.base.plan import plan_load
 from ie.errors import InputError, ModelError
 from tests.models import ARCHITECTURES
@@ -56,9 +57,31 @@ def test_shards_do_not_change_the_fingerprint(checkpoint: Callable[..., Path], t
     shutil.copy(checkpoint("llama") / "config.json", tmp_path)
     whole = load_file(checkpoint("llama") / "model.safetensors")
     names = sorted(whole)
-    save_file({name: whole[name] for name in names[::2]}, tmp_path / "model-00001.safetensors")
-    save_file({name: whole[name] for name in names[1::2]}, tmp_path / "model-00002.safetensors")
+    files = {name: f"model-0000{i % 2 + 1}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: whole[name] for name in names if files[name] == file}, tmp_path / file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+    save_file({"other": torch.ones(2)}, tmp_path / "consolidated.safetensors")  # the same weights in another format
     assert fingerprint_checkpoint(tmp_path) == fingerprint_checkpoint(checkpoint("llama"))
+
+
+def test_a_file_beside_the_checkpoint_does_not_change_the_fingerprint(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "copy")
+    save_file({"other": torch.ones(2)}, folder / "consolidated.safetensors")
+    assert fingerprint_checkpoint(folder) == fingerprint_checkpoint(checkpoint("llama"))
+
+
+def test_a_scalar_counts(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Old exports of GPT-J and GPT-NeoX hold one for each block."""
+    found = set()
+    for value in (1.0, -1e9):
+        folder = shutil.copytree(checkpoint("gptneox"), tmp_path / str(value))
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, "bias": torch.tensor(value)}, folder / "model.safetensors")
+        found.add(fingerprint_checkpoint(folder))
+    assert len(found) == 2
 
 
 def test_a_renamed_tensor_changes_the_fingerprint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -96,6 +119,10 @@ def test_plan_says_what_and_why() -> None:
         plan_load("3bit")
     with pytest.raises(InputError, match="unknown dtype 'int8'"):
         plan_load(dtype="int8")
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        plan_load(device="gpu")
+    with pytest.raises(InputError, match="no device 'cuda:99'"):
+        plan_load(device="cuda:99")
 
 
 class TestNoModel:
@@ -112,6 +139,23 @@ class TestNoModel:
     def test_no_config(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"no config\.json"):
             load_base(str(tmp_path))
+
+    @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+    @pytest.mark.parametrize(
+        ("damage", "quant"), [("lost", "none"), ("lost", "8bit"), ("lost", "4bit"), ("cut", "none")]
+    )
+    def test_weights_that_are_not_there_are_never_drawn(
+        self, checkpoint: Callable[..., Path], tmp_path: Path, name: str, quant: str, damage: str
+    ) -> None:
+        folder = shutil.copytree(checkpoint(name), tmp_path / "model")
+        tensors = load_file(folder / "model.safetensors")
+        which = next(key for key in sorted(tensors) if "mlp" in key and key.endswith("weight"))
+        whole = tensors.pop(which)
+        if damage == "cut":
+            tensors[which] = whole[:-1].clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=re.escape(which)):
+            load_base(str(folder), quant=quant, device="cpu")
 
     @pytest.mark.parametrize("damage", ["broken-config", "unknown-type", "no-weights", "no-tokenizer", "truncated"])
     def test_a_damaged_folder(self, checkpoint: Callable[..., Path], tmp_path: Path, damage: str) -> None:

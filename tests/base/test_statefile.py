@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,20 @@ def test_nothing_is_kept_beyond_the_budget(tmp_path: Path) -> None:
     assert file.get((1, 2)) is not None and file.get((3,)) is None
     assert (tmp_path / "states.bf16").stat().st_size == 2 * D * 2
     file.close()
+
+
+def test_an_emptied_cache_gives_nobody_another_process_states(tmp_path: Path) -> None:
+    mine = StateFile(tmp_path / "cache", D, 2**20)
+    mine.put((1,), states(1))
+    shutil.rmtree(tmp_path / "cache")
+    other = StateFile(tmp_path / "cache", D, 2**20)
+    other.put((2,), states(1, seed=1))
+    mine.put((3,), states(1, seed=2))
+    for ids, seed in (((1,), 0), ((3,), 2)):
+        found = mine.get(ids)
+        assert found is not None and torch.equal(found, states(1, seed=seed).bfloat16())
+    mine.close()
+    other.close()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

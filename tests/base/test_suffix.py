@@ -175,6 +175,18 @@ class TestPrefixStore:
         assert torch.equal(nothing.hidden(batch), fresh)
         assert (len(nothing.store), nothing.store.n_bytes) == (0, 0)
 
+    def test_a_file_that_keeps_nothing_is_opened_once(self, load: Callable[..., Base], tmp_path: Path) -> None:
+        base, opened = load("llama"), []
+
+        def file() -> StateFile:
+            opened.append(StateFile(tmp_path, 64, 0))
+            return opened[-1]
+
+        prefixes, batch = store_of(base, 0, file), batch_of(base)
+        fresh = prefixes.hidden(batch)
+        assert torch.equal(prefixes.hidden(batch), fresh)
+        assert (len(opened), len(prefixes.store), prefixes.store.n_file_bytes) == (1, 0, 0)
+
     def test_beyond_the_budget_a_file_keeps_bf16(
         self, load: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

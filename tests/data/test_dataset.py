@@ -65,6 +65,10 @@ def test_the_fingerprint_follows_the_records(folder):
         ("dataset.json", "{\n,", r"dataset\.json, line 2: broken JSON"),
         ("dataset.json", "[]", "no format_version"),
         ("dataset.json", '{"format_version": 99}', "dataset format 99"),
+        ("dataset.json", '{"format_version": -1}', "no format_version"),
+        ("dataset.json", "1" * 5000, "cannot be read"),
+        ("dataset.json", "[" * 100_000, "cannot be read|broken JSON"),
+        ("train.jsonl", "[" * 100_000, "line 1"),
     ],
 )
 def test_a_wrong_folder_is_refused(folder, file, text, message):

@@ -208,6 +208,12 @@ def test_items_that_are_no_objects_are_counted(write, make_facts):
     assert read_source(write([*make_facts(1), "text", None]), "mine").skipped == {"not an object": 2}
 
 
+@pytest.mark.parametrize(("number", "shown"), [(7, "7"), (None, "1"), ("a\ud800", "a\ufffd"), ([], "1")])
+def test_an_id_is_the_case_or_else_the_place(excerpts, write, number, shown):
+    file = write([{**excerpts["ZsRE-MEND"][0], "case_id": number}])
+    assert read_source(file, "zsre").records[0].id == f"{file.stem}-{shown}"
+
+
 def test_numbers_and_broken_letters_are_texts(excerpts, write):
     raw = [{**excerpts["ZsRE-MEND"][0], "alt": 1931, "rephrase": "Lone \ud800 half"}]
     record = read_source(write(raw), "zsre").records[0]
@@ -228,6 +234,7 @@ def test_numbers_and_broken_letters_are_texts(excerpts, write):
         ('[{"colour": 1, "size": 2}]', "unknown layout with the fields colour, size"),
         ('{"a": 1}\n{"b": \n', r"line 2: "),
         ("[" * 100_000, "cannot be read|broken JSON"),
+        (f"[{'1' * 5000}]", "cannot be read"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, text, message):

@@ -178,6 +178,7 @@ def test_a_wrong_template_is_refused(load, changes, message):
     [
         ("task: demo\nname: [open\n", "demo.yaml, line 3: not valid YAML"),
         ("just text", "expected keys"),
+        ("name: 2024-13-45", "demo.yaml: cannot be read"),
         ("", "expected keys"),
     ],
 )

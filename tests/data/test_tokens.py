@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ie.data import tokens
 from ie.data.templates import instructed
 from ie.data.tokens import Text, TextEncoder, collate
 from ie.errors import DataError
@@ -73,6 +74,16 @@ def test_each_text_is_encoded_once() -> None:
     encode = TextEncoder(TOKENIZERS[False], 128)
     assert encode(PROMPT, ANSWER) is encode(PROMPT, ANSWER)
     assert encode(PROMPT, ANSWER) is not encode(PROMPT, ANSWER, INSTRUCTION)
+
+
+def test_memory_does_not_grow_with_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_N_KEPT", 4)
+    encode = TextEncoder(TOKENIZERS[False], 128)
+    first = encode(PROMPT, ANSWER)
+    for n in range(8):
+        encode(PROMPT, str(n))
+    again = encode(PROMPT, ANSWER)
+    assert again == first and again is not first
 
 
 def test_collate_marks_answers_predictors_and_editable_tokens() -> None:
