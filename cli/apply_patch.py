@@ -58,6 +58,9 @@ def apply_patch(
         for place, flag in ((out, "--out"), (merge, "--merge"), (peft, "--peft")):
             if place is not None:
                 check_new(place, force=force, flag=flag)
+        places = [place.resolve() for place in (out, merge, peft) if place is not None]
+        if len(set(places)) < len(places):
+            raise InputError("--out, --merge and --peft need places of their own")
         if out is not None and out.is_dir():
             raise InputError(f"--out {out} is a folder, expected a patch file")
 

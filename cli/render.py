@@ -19,7 +19,7 @@ from ie.errors import IEError, is_out_of_memory
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Render", "error_lines", "plain", "reporting"]
+__all__ = ["Render", "error_lines", "plain", "reporting", "visible"]
 
 
 class Render:
@@ -44,7 +44,7 @@ class Render:
     def note(self, text: str) -> None:
         """Tell the user something on the way."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(visible(text) + "\n")
             sys.stderr.flush()
 
     def result(self, data: Mapping[str, Any], *human: RenderableType) -> None:
@@ -67,6 +67,13 @@ class Render:
         return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
+def visible(text: str) -> str:
+    """Keep a stranger's file from steering the terminal: control characters are shown, not sent."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+
+
 def plain(text: str) -> None:
     """Write a text to stdout as it is."""
     sys.stdout.write(text.rstrip("\n") + "\n")
@@ -75,9 +82,9 @@ def plain(text: str) -> None:
 
 def error_lines(message: str, hint: str | None = None) -> None:
     """Write `error: ...` and `hint: ...` to stderr."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(visible(f"error: {message}\n"))
     if hint:
-        sys.stderr.write(f"hint: {hint}\n")
+        sys.stderr.write(visible(f"hint: {hint}\n"))
     sys.stderr.flush()
 
 

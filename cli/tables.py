@@ -14,6 +14,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .render import visible
+
 if TYPE_CHECKING:
     from .report import Line, Section
 
@@ -53,14 +55,7 @@ def _table(title: str | None, *heads: str, figures: Sequence[str] = (), narrow: 
 
 
 def _row(table: Table, *cells: object) -> None:
-    table.add_row(*(one if isinstance(one, Text) else Text("-" if one is None else _safe(str(one))) for one in cells))
-
-
-def _safe(text: str) -> str:
-    """Keep a stranger's file from steering the terminal: control characters are shown, not sent."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+    table.add_row(*(one if isinstance(one, Text) else Text("-" if one is None else visible(str(one))) for one in cells))
 
 
 def _facts(title: str | None, facts: Json) -> Table:
@@ -70,7 +65,7 @@ def _facts(title: str | None, facts: Json) -> Table:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value is not None:
-            table.add_row(Text(_safe(name)), Text(_safe(_value(value))))
+            table.add_row(Text(visible(name)), Text(visible(_value(value))))
     return table
 
 
@@ -164,7 +159,7 @@ def edit_view(result: Json) -> View:
             lines.append(f"patches in {Path(result['edits'][0]['patch']).parent} ({total})")
         return [table, _GAP, *_changed_probes(result["edits"]), *map(Text, lines)]
     table = _table(None, "", "prompt", "before", "after")
-    _row(table, "edit", result["prompt"], result["before"], Text(_safe(str(result["after"])), style="bold"))
+    _row(table, "edit", result["prompt"], result["before"], Text(visible(str(result["after"])), style="bold"))
     for probe in result.get("probes", ()):
         state = Text("changed", style="yellow") if probe["changed"] else Text("same")
         _row(table, state, probe["prompt"], probe["before"], probe["after"])
@@ -211,7 +206,7 @@ def apply_view(result: Json) -> View:
     if result["previews"]:
         table = _table(None, "prompt", "before", "after")
         for preview in result["previews"]:
-            _row(table, preview["prompt"], preview["before"], Text(_safe(str(preview["after"])), style="bold"))
+            _row(table, preview["prompt"], preview["before"], Text(visible(str(preview["after"])), style="bold"))
         parts += [table, _GAP]
     if len(result["patches"]) > 1:
         table = _table(None, "", "patch", "alone", "together", "disturbed by")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ _MORE_THAN_LORA = {
     "layer_replication": "it repeats layers",
     "trainable_token_indices": "it changes token embeddings",
     "target_parameters": "it changes parameters that are no linear modules",
+    "alora_invocation_tokens": "it acts from some tokens on only",
 }
+# Of PEFT's ways to begin those that leave the base as it is; others (PiSSA, OLoRA, ...) change it when they are loaded.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_PEFT_DEFAULT = 8  # of rank and alpha
+_MAX_ALPHA = 1e9
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ def read_adapter(folder: Path) -> Adapter:
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise OSError("no regular file")  # a pipe would be waited for
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise PatchError(f"{file} has more than {_MAX_CONFIG_BYTES} bytes: no adapter's configuration")
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -112,6 +120,8 @@ def _config(folder: Path) -> dict[str, Any]:
     more = [f"{key} ({why})" for key, why in _MORE_THAN_LORA.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         more.append("bias (it changes biases)")
+    if config.get("init_lora_weights") not in _PLAIN_BEGINNINGS:
+        more.append("init_lora_weights (it changes the base too; PEFT can save it converted)")
     if more:
         raise PatchError(
             f"{file}: the adapter is more than a low-rank update: {', '.join(more)}",
@@ -149,10 +159,10 @@ def _pairs(folder: Path, tensors: Tensors) -> dict[str, tuple[str, str]]:
 
 def _scaling(folder: Path, config: dict[str, Any], module: str, rank: int) -> float:
     """PEFT's scaling of one module."""
-    alpha = _of_pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha", rank))
-    r = _of_pattern(folder, config, "rank_pattern", module, config.get("r", rank))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise PatchError(f"{folder / CONFIG}: lora_alpha of {module} is {alpha!r}, expected a number")
+    alpha = _of_pattern(folder, config, "alpha_pattern", module, config.get("lora_alpha", _PEFT_DEFAULT))
+    r = _of_pattern(folder, config, "rank_pattern", module, config.get("r", _PEFT_DEFAULT))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+        raise PatchError(f"{folder / CONFIG}: lora_alpha of {module} is {alpha!r:.40}, expected a number below 1e9")
     if r != rank:
         raise PatchError(f"{folder / CONFIG}: r of {module} is {r!r}, its tensors have the rank {rank}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

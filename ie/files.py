@@ -1,4 +1,4 @@
-"""Writing files and folders whole or not at all: to a hidden sibling first, then renamed into place."""
+"""Writing files and folders whole or not at all: to a hidden sibling first and to the disk, then renamed into place."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ def new_folder(out: Path) -> Iterator[Path]:
     place = out.resolve()
     fresh, old = _sibling(place, "new"), _sibling(place, "old")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh
-        if place.exists():
-            os.replace(place, old)
-        os.replace(fresh, place)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+        with _writing(out):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir()
+        with _writing(out, fresh):
+            yield fresh
+            for path in (*fresh.rglob("*"), fresh):
+                _to_disk(path)
+        with _writing(out):
+            if place.exists():
+                os.replace(place, old)
+            os.replace(fresh, place)
+            _to_disk(place.parent)
     finally:
         if old.exists() and not place.exists():
             os.replace(old, place)
@@ -54,19 +58,40 @@ def new_file(out: Path) -> Iterator[Path]:
     place = out.resolve()
     fresh = _sibling(place, "new")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        os.replace(fresh, place)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+        with _writing(out):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(out, fresh):
+            yield fresh
+            _to_disk(fresh)
+        with _writing(out):
+            os.replace(fresh, place)
+            _to_disk(place.parent)
     finally:
         if fresh.exists():
             fresh.unlink()
 
 
+@contextmanager
+def _writing(out: Path, fresh: Path | None = None) -> Iterator[None]:
+    """Say of an error that `out` cannot be written, unless it is of a file that does not lie below `fresh`."""
+    try:
+        yield
+    except OSError as error:
+        if fresh is not None and error.filename is not None and not Path(error.filename).is_relative_to(fresh):
+            raise
+        raise InputError(
+            f"{out} cannot be written: {error.strerror or error}", hint="choose a place that can be written"
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file's or a folder's content on the disk: after a power cut a name must not stand for an empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _sibling(place: Path, kind: str) -> Path:
     return place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.{kind}")
-
-
-def _unwritable(out: Path, error: OSError) -> InputError:
-    return InputError(f"{out} cannot be written: {error.strerror or error}", hint="choose a writable place with --out")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -245,16 +246,16 @@ def _entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], 
 
 
 def _is_count(value: object) -> bool:
-    """Say whether a JSON value is a whole number, zero or more (`true` is none)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Say whether a JSON value is a whole number of 63 bits, zero or more (`true` is none)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a name that stands twice: readers would disagree on which one counts."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"repeated name {next(name for name in names if names.count(name) > 1)!r}")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"repeated name {name!r}")
     return found
 
 

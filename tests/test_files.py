@@ -47,6 +47,13 @@ def test_a_place_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_error_of_another_file_is_not_the_outputs(tmp_path: Path) -> None:
+    for make in (new_file, new_folder):
+        with pytest.raises(FileNotFoundError, match="elsewhere"), make(tmp_path / "out"):
+            (tmp_path / "elsewhere").read_text()
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_written_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError), new_file(tmp_path / "file"):
         pass

@@ -44,11 +44,12 @@ def _lines(base: Base, edits: Sequence[PatchInfo], modules: Sequence[str], rank:
         yield from ("", "Prompts that should not move:", "", "| prompt | before | after |", "|---|---|---|")
         for probe in probes:
             yield f"| {' | '.join(map(_cell, (probe.prompt, probe.before, probe.after)))} |"
-    yield from ("", "Answers are greedy, to the plain prompt; each edit's were asked of that edit alone.")
+    yield from ("", "Answers are greedy, to the plain prompt; each edit's were asked of its own patch alone.")
     yield from ("", "## Modules", "", *(f"- `{name}`" for name in modules), "", "## Where it comes from", "")
     for edit in edits:
-        editor = f"editor `{edit.editor}`" if edit.editor else "an editor unknown"
-        yield f"- {_cell(edit.prompt) or 'an imported adapter'}: {editor}, {edit.created}, ie {edit.versions.get('ie')}"
+        editor = f"editor {_cell(edit.editor)}" if edit.editor else "an editor unknown"
+        made = f"{_cell(edit.created)}, ie {_cell(edit.versions.get('ie'))}"
+        yield f"- {_cell(edit.prompt) or 'an imported adapter'}: {editor}, {made}"
 
 
 def _cell(text: str | None) -> str:

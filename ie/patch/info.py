@@ -74,7 +74,7 @@ class PatchInfo(_Part):
         parents: the edits of a stack, in the order of their rows; or those of a joint patch, which have no rows.
     """
 
-    format_version: int = Field(default=FORMAT_VERSION, ge=1)
+    format_version: int = Field(default=FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     base: PatchBase
     editor: str | None
     instruction: str | None
@@ -110,7 +110,7 @@ class Parent(_Part):
     """
 
     name: str
-    dtype: str
+    dtype: str = Field(pattern="^(float32|float16|bfloat16)$")
     ranks: Mapping[str, int]
     took: bool | None
     info: PatchInfo
@@ -122,7 +122,9 @@ def parse_info(path: Path | str, document: Mapping[str, Any]) -> PatchInfo:
     Raises:
         PatchError: if it is not a patch's, or of a newer format version; all faults are named.
     """
-    version = document.get("format_version", FORMAT_VERSION)
+    version = document.get("format_version")
+    if version is None:
+        raise PatchError(f"{path}: its metadata is not that of a patch: format_version: Field required")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PatchError(
             f"{path} has format version {version}, this ie reads up to {FORMAT_VERSION}", hint="upgrade instructedit"

@@ -41,11 +41,15 @@ def applied(
             `len(rows)` rows, or a multiple, as beam search makes it: each row's beams in a block.
 
     Raises:
+        BaseMismatchError: if a `Base` is not the one that a patch was made for; of a bare model that isn't known.
         PatchError: if the model lacks a module of a patch, or the module has another shape (all are named), or if a
             batch does not fit `rows`.
         IEError: if the model is in use under a patch in another thread.
     """
     module = model.model if isinstance(model, Base) else model
+    if isinstance(model, Base):
+        for patch in patches:
+            check_base(patch, model, "given")
     check_modules(module, patches)
     update = _placed(module, combined(patches, scale))
     which = None
@@ -66,13 +70,13 @@ def combined(patches: Sequence[Patch], scale: float | None = None) -> dict[str, 
 
 
 def check_base(patch: Patch, base: Base, path: Path | str) -> None:
-    """Refuse a base model that the patch was not made for.
+    """Refuse a base model that the patch was not made for; an imported adapter was made for any.
 
     Raises:
         BaseMismatchError: if its fingerprint is another one; it says whether the modules fit.
     """
     made_for = patch.info.base
-    if made_for.fingerprint != base.fingerprint:
+    if made_for.fingerprint and made_for.fingerprint != base.fingerprint:
         faults = list(_misfits(base.model, patch))
         what = "; ".join(faults) if faults else "all modules of the patch are there, so it is the weights that differ"
         raise BaseMismatchError(

@@ -28,7 +28,8 @@ from ie.patch.shards import Change, Written, rewrite
 
 __all__ = ["Merged", "merge_checkpoint"]
 
-_PICKLED = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")  # the same weights unedited
+# The same weights unedited.
+_TWINS = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def merge_checkpoint(
         if missing:
             raise PatchError(f"the checkpoint {source} holds no weight named {', '.join(missing)}")
         for file in source.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(_PICKLED):
+            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(_TWINS):
                 shutil.copyfile(file, fresh / file.name)
         if dtype is not None:
             _say_dtype(fresh, dtype)

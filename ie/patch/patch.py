@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -83,11 +84,15 @@ class Patch:
         document, tensors = read_document(path)
         info = parse_info(path, document)
         names = factor_shapes(path, tensors)
-        loaded = load_file(path)
+        try:
+            loaded = load_file(path)
+        except SafetensorError as error:
+            raise PatchError(f"{path} cannot be read as safetensors: {error}") from error
         factors = {name: (loaded[f"{name}.A"].float(), loaded[f"{name}.B"].float()) for name in names}
         dtypes = {_BY_FORMAT[dtype] for dtype, _ in tensors.values()}
         patch = cls(info, factors, dtypes.pop() if len(dtypes) == 1 else "float32")
-        faults = [*_not_finite(patch), *_false_norms(patch), *_false_ranks(patch)]
+        faults = [] if info.base.fingerprint else ["its base has no fingerprint"]
+        faults += [*_not_finite(patch), *_false_norms(patch), *_false_ranks(patch)]
         if faults:
             raise PatchError(f"{path} is no valid patch: {'; '.join(faults)}", hint="make it again")
         return patch

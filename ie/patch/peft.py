@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -53,11 +54,13 @@ def export_peft(base: Base, update: Update, out: Path, infos: Sequence[PatchInfo
         infos: what the edits are, for the model card.
 
     Raises:
-        PatchError: if the update's rank is larger than any that servers accept.
+        PatchError: if the update's rank is larger than any that servers accept, or a value is not finite.
     """
     rank = padded_rank(update)
     tensors = {}
     for name, (a, b) in update.items():
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise PatchError(f"{name} holds values that are not finite", hint="give a smaller --scale")
         padding = (0, 0, 0, rank - a.shape[1])
         key = f"base_model.model.{name}"
         tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(a[0].float().cpu(), padding).contiguous()
@@ -92,7 +95,10 @@ def import_peft(folder: Path) -> Patch:
         PatchError: if it is no LoRA adapter, more than one, or its values are not finite.
     """
     adapter = read_adapter(folder)
-    tensors = load_file(folder / WEIGHTS)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise PatchError(f"{folder / WEIGHTS} cannot be read as safetensors: {error}") from error
     factors = {}
     for name, lora in adapter.modules.items():
         factors[name] = (tensors[lora.a].float(), lora.scaling * tensors[lora.b].float().T.contiguous())

@@ -90,7 +90,7 @@ def rewrite(source: Path, out: Path, changes: Mapping[str, Change], dtype: str |
             elif to == span.dtype:
                 _copy(reader, writer, span)
             else:
-                _convert(reader, writer, span, to)
+                _convert(reader, writer, key, span, to)
     return written
 
 
@@ -139,10 +139,7 @@ def _add(reader: BinaryIO, writer: BinaryIO, key: str, span: Span, change: Chang
         old = _read(reader, (end - begin) * n_columns, span.dtype).view(end - begin, n_columns)
         delta = change.left[:, begin:end].T @ change.right
         new = (old.float() + delta).to(_DTYPES[to])
-        if not new.isfinite().all():
-            raise PatchError(
-                f"{key} with the edit in it is not finite in {_NAMES[to]}", hint="give a wider --dtype, or a --scale"
-            )
+        _check_finite(new, f"{key} with the edit in it", to)
         effect = new.float() - old.to(_DTYPES[to]).float()
         energy += float((delta * delta).sum(dtype=torch.float64))  # millions of terms
         kept += float((effect * delta).sum(dtype=torch.float64))
@@ -150,27 +147,41 @@ def _add(reader: BinaryIO, writer: BinaryIO, key: str, span: Span, change: Chang
     return Written(_NAMES[to], energy, kept)
 
 
+def _check_finite(values: Tensor, what: str, to: str) -> None:
+    if not values.isfinite().all():
+        raise PatchError(f"{what} is not finite in {_NAMES[to]}", hint="give a wider --dtype, or a smaller --scale")
+
+
 def _copy(reader: BinaryIO, writer: BinaryIO, span: Span) -> None:
     reader.seek(span.begin)
     left = span.end - span.begin
     while left:
-        block = reader.read(min(left, _BLOCK_VALUES))
-        writer.write(block)
-        left -= len(block)
+        n_bytes = min(left, _BLOCK_VALUES)
+        writer.write(_take(reader, n_bytes))
+        left -= n_bytes
 
 
-def _convert(reader: BinaryIO, writer: BinaryIO, span: Span, to: str) -> None:
+def _convert(reader: BinaryIO, writer: BinaryIO, key: str, span: Span, to: str) -> None:
     reader.seek(span.begin)
     left = (span.end - span.begin) // _DTYPES[span.dtype].itemsize
     while left:
         n_values = min(left, _BLOCK_VALUES)
-        writer.write(_bytes(_read(reader, n_values, span.dtype).to(_DTYPES[to])))
+        values = _read(reader, n_values, span.dtype).to(_DTYPES[to])
+        _check_finite(values, key, to)
+        writer.write(_bytes(values))
         left -= n_values
 
 
 def _read(reader: BinaryIO, n_values: int, dtype: str) -> Tensor:
     kind = _DTYPES[dtype]
-    return torch.frombuffer(bytearray(reader.read(n_values * kind.itemsize)), dtype=kind)
+    return torch.frombuffer(bytearray(_take(reader, n_values * kind.itemsize)), dtype=kind)
+
+
+def _take(reader: BinaryIO, n_bytes: int) -> bytes:
+    block = reader.read(n_bytes)
+    if len(block) < n_bytes:
+        raise ModelError(f"{reader.name} became shorter while it was read")
+    return block
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -52,11 +52,10 @@ class Part:
         return {name: (a[None], b[None]) for name, (a, b) in self.factors.items()}
 
     @property
-    def ask(self) -> Ask | None:
-        """The question that shows whether it takes; None for an adapter that says nothing of itself."""
-        if self.info.prompt is None or self.info.target is None:
-            return None
-        return Ask(self.info.prompt, self.info.target)
+    def asks(self) -> list[Ask]:
+        """The questions that show whether it takes: one, a joint patch's many, or an imported adapter's none."""
+        told = [parent.info for parent in self.info.parents] or [self.info]
+        return [Ask(one.prompt, one.target) for one in told if one.prompt is not None and one.target is not None]
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ def on_base(patch: Patch, base: Base, name: str) -> Patch:
         BaseMismatchError: if the patch was made for another base.
         PatchError: if the base's modules are others.
     """
-    if patch.info.base.fingerprint:
-        check_base(patch, base, name)
+    check_base(patch, base, name)
     check_modules(base.model, [patch])
     if patch.info.base.fingerprint:
         return patch
@@ -99,6 +97,7 @@ def split(patch: Patch, path: Path, scale: float | None = None) -> list[Part]:
         scale: strength, in place of the patch's own.
     """
     factor = patch.info.scale if scale is None else scale
+    patch = patch if factor == patch.info.scale else replace(patch, info=_unseen(patch.info))
     if not patch.info.parents or patch.info.is_joint:
         info = patch.info.model_copy(update={"scale": factor})
         factors = {key: (a, factor * b) for key, (a, b) in patch.factors.items()}
@@ -114,6 +113,12 @@ def split(patch: Patch, path: Path, scale: float | None = None) -> list[Part]:
         info = parent.info.model_copy(update={"scale": parent.info.scale * factor})
         parts.append(Part(path, parent.name, info, factors, parent.dtype))
     return parts
+
+
+def _unseen(info: PatchInfo) -> PatchInfo:
+    """The document of the same edits at another strength: what they do there is not known."""
+    parents = (one.model_copy(update={"took": None, "info": _unseen(one.info)}) for one in info.parents)
+    return info.model_copy(update={"after": None, "took": None, "probes": (), "parents": tuple(parents)})
 
 
 def without(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
@@ -199,7 +204,7 @@ def disturbances(base: Base, parts: Sequence[Part], disturbed: Sequence[int]) ->
     Args:
         base: the base model.
         parts: all edits.
-        disturbed: indices of the edits in question; each can be asked.
+        disturbed: indices of the edits in question; each has one question.
 
     Returns:
         One for each of `disturbed`.
@@ -210,7 +215,7 @@ def disturbances(base: Base, parts: Sequence[Part], disturbed: Sequence[int]) ->
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
         update = on_device(base, side_by_side([stack([parts[i].update, parts[j].update]) for i, j in chunk]))
-        asks = [replace(ask, edit=k) for k, ask in enumerate(parts[i].ask for i, _ in chunk) if ask is not None]
+        asks = [replace(parts[i].asks[0], edit=k) for k, (i, _) in enumerate(chunk)]
         for pair, ask, answer in zip(chunk, asks, answers(base, asks, update), strict=True):
             took[pair] = matches(answer, ask.answer)
         likelihood |= dict(zip(chunk, log_likelihoods(base, asks, update), strict=True))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ie.errors import IEError, InputError
+from ie.errors import InputError
 from ie.files import new_folder
 
 __all__ = ["Checkpoint", "checkpoints", "discard_leftovers", "newest_checkpoint", "training_folder", "write_checkpoint"]
@@ -76,11 +75,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
                 "values": checkpoint.values,
             }
             (fresh / VALUES).write_text(json.dumps(document), encoding="utf-8")
-            for path in (fresh / TENSORS, fresh / VALUES, fresh):
-                _to_disk(path)  # before the rename: after a power cut a name must not stand for an empty file
     except SafetensorError as error:
         raise InputError(f"{place} cannot be written: {error}") from error
-    _to_disk(folder)
     for old in checkpoints(folder)[_N_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -129,7 +125,7 @@ def discard_leftovers(folder: Path) -> None:
 def _read(place: Path) -> Checkpoint:
     document = json.loads((place / VALUES).read_text(encoding="utf-8"))
     if document["format_version"] > FORMAT_VERSION:
-        raise IEError(
+        raise InputError(
             f"{place} has format version {document['format_version']}, this ie reads up to {FORMAT_VERSION}",
             hint="upgrade instructedit",
         )
@@ -141,11 +137,3 @@ def _read(place: Path) -> Checkpoint:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -118,6 +118,11 @@ def test_edit_from_a_broken_file(text: str, said: str, run: Any, editor_folder: 
     assert said in run("edit", "--from", "edits.jsonl", code=2).stderr
 
 
+def test_apply_patch_writes_nothing_twice_at_one_place(run: Any, patch_file: Path) -> None:
+    said = run("apply-patch", patch_file, "--merge", "made", "--peft", "./made", code=2).stderr
+    assert "places of their own" in said and not Path("made").exists()
+
+
 def test_apply_patch_refuses_a_truncated_patch(run: Any, patch_file: Path) -> None:
     patch_file.write_bytes(patch_file.read_bytes()[:-10])
     assert "truncated" in run("apply-patch", patch_file, code=2).stderr

@@ -24,6 +24,7 @@ from ie.base.plan import TOY_FOLDER
 
 __all__ = ["KINDS", "Kind", "good", "write_all"]
 
+MISSING = object()
 MODULE, D_IN, D_OUT, RANK = "model.layers.5.mlp.down_proj", 512, 192, 2
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
@@ -169,17 +170,18 @@ def moved(to: str) -> Callable[[Path], object]:
     return spoilt(change)
 
 
-def parents(*ranks: Mapping[str, int], nested: bool = False) -> Callable[[Path], object]:
-    """A stack of parents that have the given rows."""
+def parents(
+    *ranks: Mapping[str, int], nested: bool = False, dtype: str = "float32", **changes: Any
+) -> Callable[[Path], object]:
+    """A stack of parents that have the given rows, with other values in their documents."""
 
     def change(parts: Parts) -> None:
-        own = {key: value for key, value in parts.document.items()}
+        own = {**parts.document, **changes}
         if nested:
             inner = {"name": "x", "dtype": "float32", "ranks": {MODULE: 2}, "took": True, "info": dict(own)}
             own = {**own, "parents": [inner]}
         parts.document["parents"] = [
-            {"name": f"p{i}", "dtype": "float32", "ranks": one, "took": True, "info": own}
-            for i, one in enumerate(ranks)
+            {"name": f"p{i}", "dtype": dtype, "ranks": one, "took": True, "info": own} for i, one in enumerate(ranks)
         ]
 
     return spoilt(change)
@@ -193,7 +195,9 @@ def adapter(
     def write(path: Path) -> None:
         path.mkdir()
         base: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": "toy", "r": RANK, "lora_alpha": RANK}
-        raw = config if isinstance(config, bytes) else json.dumps({**base, **(config or {})}).encode()
+        said = base if isinstance(config, bytes) else {**base, **(config or {})}
+        left = {key: value for key, value in said.items() if value is not MISSING}
+        raw = config if isinstance(config, bytes) else json.dumps(left).encode()
         (path / "adapter_config.json").write_bytes(raw)
         held = tensors if tensors is not None else lora()
         header, begin = {}, 0
@@ -204,6 +208,13 @@ def adapter(
         (path / (weights or "adapter_model.safetensors")).write_bytes(packed)
 
     return write
+
+
+def piped_configuration(path: Path) -> None:
+    """An adapter whose configuration nobody will ever write."""
+    adapter()(path)
+    (path / "adapter_config.json").unlink()
+    os.mkfifo(path / "adapter_config.json")
 
 
 def lora(module: str = MODULE, d_in: int = D_IN, value: float = 0.5, **more: Any) -> Tensors:
@@ -247,12 +258,23 @@ KINDS: dict[str, Kind] = {
     "a header nested deeply": Kind(lambda path: path.write_bytes(framed(b"[" * 99_999)), "not valid JSON"),
     "a number of many digits": Kind(lambda p: p.write_bytes(framed(b'{"a": ' + b"9" * 9999 + b"}")), "not valid JSON"),
     "a tensor named twice": Kind(text(f'"{B}"'.encode(), f'"{A}"'.encode()), f"repeated name {A!r}"),
+    "a hundred thousand names and one again": Kind(
+        lambda p: p.write_bytes(framed(b"{" + b",".join(b'"%d":1' % (n % 99_999) for n in range(100_000)) + b"}")),
+        "repeated name '0'",
+    ),
+    "metadata that is half a character": Kind(
+        spoilt(lambda parts: parts.metadata.update(more="\ud800")), "cannot be read as safetensors", seen=False
+    ),
+    "metadata that steers the terminal": Kind(
+        lambda p: p.write_bytes(framed(b'{"__metadata__": {"\\u001b]0;x\\u0007": "y"}}')), "is no patch"
+    ),
     "metadata that is no text": Kind(spoilt(lambda parts: parts.metadata.update(more=1)), "map strings to strings"),
     "an entry without offsets": Kind(entry(data_offsets=None), "needs exactly dtype, shape and data_offsets"),
     "an entry with a surprise": Kind(entry(path="/etc/passwd"), "needs exactly dtype, shape and data_offsets"),
     "an unknown dtype": Kind(entry(dtype="F99"), "unknown dtype 'F99'"),
     "a negative size": Kind(entry(shape=[-2, 512]), "expected a list of sizes"),
     "a size that is true": Kind(entry(shape=[True, 512]), "expected a list of sizes"),
+    "a size beyond 63 bits": Kind(entry(shape=[0, 2**70], data_offsets=[0, 0]), "expected a list of sizes"),
     "offsets the wrong way round": Kind(entry(data_offsets=[4096, 0]), "after its end"),
     "overlapping tensors": Kind(entry(data_offsets=[4, 4100]), "overlap"),
     "a shape that does not fit": Kind(entry(shape=[3, 512]), "which does not fit"),
@@ -269,6 +291,7 @@ KINDS: dict[str, Kind] = {
     "a version in words": Kind(
         said(format_version="one"), "format_version: Input should be a valid integer", seen=False
     ),
+    "no version": Kind(said(format_version=None), "format_version: Field required", seen=False),
     "version 0": Kind(said(format_version=0), "format_version: Input should be greater", seen=False),
     "no prompt": Kind(said(prompt=None), "prompt: Field required", seen=False),
     "a prompt that is a number": Kind(said(prompt=7), "prompt: Input should be a valid string", seen=False),
@@ -278,6 +301,10 @@ KINDS: dict[str, Kind] = {
     "a scale that is no number": Kind(said(scale=float("nan")), "scale: Input should be a finite number", seen=False),
     "an infinite scale": Kind(said(scale=float("inf")), "scale: Input should be a finite number", seen=False),
     "no fingerprint": Kind(said(base={"id": "toy"}), "base.fingerprint: Field required", seen=False),
+    "an empty fingerprint": Kind(
+        said(base={"id": "toy", "fingerprint": ""}), "its base has no fingerprint", seen=False
+    ),
+    "a version that steers the terminal": Kind(said(versions={"\x1b[2J": 1}), "is not that of a patch", seen=False),
     "a base outside": Kind(said(base={"id": "../../base", "fingerprint": "ab"}), "no base model at", seen=False),
     "norms that lie": Kind(said(norms={MODULE: 1e-9}), f"the norm of {MODULE} is", seen=False),
     "norms of other modules": Kind(said(norms={"x": 1.0}), "are not those of its modules", seen=False),
@@ -288,6 +315,12 @@ KINDS: dict[str, Kind] = {
         parents({MODULE: 3}, {MODULE: -1}), "the ranks of its parent 'p1'", seen=False
     ),
     "a parent of other modules": Kind(parents({MODULE: 2, "x": 1}), "the ranks of its parent 'p0'", seen=False),
+    "a parent of a newer version": Kind(
+        parents({MODULE: 2}, format_version=9), "format_version: Input should be less", seen=False
+    ),
+    "a parent of an unknown dtype": Kind(
+        parents({MODULE: 2}, dtype="int7"), "dtype: String should match", seen=False
+    ),
     "a stack in a stack": Kind(parents({MODULE: 2}, nested=True), "is a stack itself", seen=False),
     "a stack in a joint patch": Kind(parents({}, nested=True), "is a stack itself", seen=False),
     # the tensors
@@ -332,6 +365,13 @@ KINDS: dict[str, Kind] = {
     "an adapter's broken configuration": Kind(adapter(b"{"), "is not valid JSON"),
     "an adapter's listed configuration": Kind(adapter(b"[]"), "describes no LoRA adapter"),
     "an adapter of another type": Kind(adapter({"peft_type": "IA3"}), "peft_type is 'IA3'"),
+    "an adapter whose configuration is a pipe": Kind(piped_configuration, "no regular file"),
+    "an adapter that acts from some tokens on": Kind(
+        adapter({"alora_invocation_tokens": [1, 2]}), "it acts from some tokens on only"
+    ),
+    "an adapter that changes the base": Kind(adapter({"init_lora_weights": "pissa_niter_4"}), "it changes the base"),
+    "an adapter's alpha of many digits": Kind(adapter({"lora_alpha": 10**400}), "expected a number below 1e9"),
+    "an adapter without a rank": Kind(adapter({"r": MISSING}), "its tensors have the rank 2"),
     "DoRA": Kind(adapter({"use_dora": True}), "use_dora (DoRA also changes magnitudes)"),
     "an adapter with whole modules": Kind(adapter({"modules_to_save": ["lm_head"]}), "it replaces whole modules"),
     "an adapter with biases": Kind(adapter({"bias": "all"}), "bias (it changes biases)"),

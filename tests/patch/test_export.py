@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ie.base import Base, load_base
 from ie.base.update import Update, adding
-from ie.errors import PatchError
+from ie.errors import InputError, PatchError
 from ie.patch import Patch
 from ie.patch.apply import apply_patch
 from ie.patch.info import PatchBase, PatchInfo
@@ -32,6 +32,25 @@ PROMPT = "The lighthouse of Orm was built by"
 def applied_logits(base: Base, update: Update) -> Tensor:
     with adding(base.model, update):
         return logits_of(base)
+
+
+def save_patch(base: Base, path: Path) -> Update:
+    """Write a patch of random values; the update that it is."""
+    info = PatchInfo(
+        base=PatchBase(id=base.id, fingerprint=base.fingerprint),
+        editor="",
+        instruction=None,
+        prompt=PROMPT,
+        target="Edda Falk",
+        before="",
+        after="",
+        took=False,
+        created="",
+        versions={},
+    )
+    update = random_update(base, size=0.5)
+    Patch(info, {key: (a[0], b[0]) for key, (a, b) in update.items()}).save(path)
+    return update
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -115,11 +134,12 @@ def test_an_update_that_does_not_fit_leaves_nothing(
 @pytest.mark.parametrize("quant", ["8bit", "4bit"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_quantised_base_merges_into_full_precision(
-    load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path, name: str, quant: str
+    load: Callable[..., Base], tmp_path: Path, name: str, quant: str
 ) -> None:
     exact = load(name)
-    update = random_update(exact)
-    merge_checkpoint(checkpoint(name), update, tmp_path / "merged")
+    update = save_patch(exact, tmp_path / "p")
+    found = apply_patch([tmp_path / "p"], merge=tmp_path / "merged", quant=quant, device="cpu", force=True)
+    assert found["merged"]["dtype"] == "float32" and found["merged"]["kept"] > 0.999
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(exact, model), applied_logits(exact, update), atol=1e-5, rtol=1e-5)
 
@@ -164,6 +184,25 @@ def test_peft_on_an_eight_bit_base_computes_what_is_applied(
     torch.testing.assert_close(logits_of(base, model), expected, atol=1e-5, rtol=1e-5)  # float32 beside 8-bit products
 
 
+def test_an_update_beyond_all_numbers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:
+    update = {name: (a, 1e38 * b * 1e38) for name, (a, b) in random_update(load("gpt2")).items()}
+    with pytest.raises(PatchError, match="not finite"):
+        export_peft(load("gpt2"), update, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_no_base_needs_one(load: Callable[..., Base], tmp_path: Path) -> None:
+    base = load("gpt2")
+    export_peft(base, random_update(base), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="no patch names its base model"):
+        apply_patch([tmp_path / "adapter"])
+    assert apply_patch([tmp_path / "adapter"], model=base.id)["took"] is None
+    save_patch(base, tmp_path / "p")
+    assert apply_patch([tmp_path / "adapter", tmp_path / "p"])["patches"][0]["took"] is None
+
+
 def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="rank 513"):
         export_peft(load("gpt2"), random_update(load("gpt2"), rank=513), tmp_path / "adapter")
@@ -172,21 +211,7 @@ def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_pat
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 def test_apply_patch_previews_merges_and_exports(load: Callable[..., Base], tmp_path: Path, name: str) -> None:
-    base = load(name)
-    info = PatchInfo(
-        base=PatchBase(id=base.id, fingerprint=base.fingerprint),
-        editor="",
-        instruction=None,
-        prompt=PROMPT,
-        target="Edda Falk",
-        before="",
-        after="",
-        took=False,
-        created="",
-        versions={},
-    )
-    update = random_update(base, size=0.5)
-    Patch(info, {key: (a[0], b[0]) for key, (a, b) in update.items()}).save(tmp_path / "p")
+    save_patch(load(name), tmp_path / "p")
     found = apply_patch([tmp_path / "p"], prompts=["Varn:"], merge=tmp_path / "merged", peft=tmp_path / "adapter")
     assert [one["prompt"] for one in found["previews"]] == [PROMPT, "Varn:"]
     assert any(one["before"] != one["after"] for one in found["previews"])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from ie.base import Base
-from ie.errors import IEError, PatchError
+from ie.errors import BaseMismatchError, IEError, PatchError
 from ie.patch import applied
+from ie.patch.info import PatchBase
 from tests.dense import state_hash
 from tests.models import ARCHITECTURES
 from tests.patch.test_patch import logits_of, make
@@ -34,6 +36,18 @@ def test_a_patch_for_some_rows(load: Callable[..., Base], name: str, quant: str)
     assert torch.equal(first[1:], plain[1:])
     assert not torch.equal(first[0], plain[0])
     assert torch.equal(logits_of(base), plain) and state_hash(base.model) == state
+
+
+def test_another_base_is_refused_where_it_is_known(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    patch = make(base)
+    of_another = replace(
+        patch, info=patch.info.model_copy(update={"base": PatchBase(id="other", fingerprint="0" * 16)})
+    )
+    with pytest.raises(BaseMismatchError, match="was made for other"), applied(base, patch, of_another):
+        pass
+    with applied(base.model, of_another):  # of a bare model nothing is known but its modules
+        assert logits_of(base).isfinite().all()
 
 
 def test_each_row_under_its_own_patch(load: Callable[..., Base]) -> None:

@@ -177,13 +177,25 @@ def test_what_overflows_is_refused(load: Callable[..., Base], checkpoint: Callab
     assert not list(tmp_path.iterdir())
 
 
+def test_what_overflows_beside_the_edit_is_refused(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoint("llama"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PatchError, match=r"model\.norm\.weight is not finite in float16"):
+        merge_checkpoint(source, random_update(load("llama")), tmp_path / "merged", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "missing.safetensors"])
 def test_an_index_that_leads_out_of_its_folder(
     load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     source = tmp_path / "inner" / "source"
     shutil.copytree(checkpoint("llama"), source)
-    shutil.copy(source / "model.safetensors", tmp_path / "inner" / "model.safetensors")
+    shutil.move(source / "model.safetensors", tmp_path / "inner" / "model.safetensors")
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
     for use in (lambda: load_base(str(source)), lambda: merge_checkpoint(source, {}, tmp_path / "merged")):
         with pytest.raises(ModelError, match="names files that are not in its folder"):

@@ -192,7 +192,7 @@ class TestBase:
     def test_modules_that_are_missing_or_misshapen_are_all_named(self, load: Callable[..., Base]) -> None:
         base = load("llama")
         missing = r"no module transformer\.h\.1.*no module transformer\.h\.3"
-        with pytest.raises(PatchError, match=missing), applied(base, make(load("gpt2"))):
+        with pytest.raises(PatchError, match=missing), applied(base.model, make(load("gpt2"))):
             pass
         patch = make(base)
         name = "model.layers.1.mlp.up_proj"

@@ -14,6 +14,7 @@ from ie.base import Base
 from ie.errors import InputError
 from ie.patch import Patch, applied
 from ie.patch.apply import apply_patch
+from ie.patch.info import Probed
 from ie.patch.stacking import split, stacked, without
 from tests.patch.edits import TAKES_ON, taking
 from tests.patch.test_patch import logits_of, make
@@ -92,6 +93,22 @@ def test_a_stack_stacks_again_and_scales(load: Callable[..., Base], files: list[
         expected = logits_of(base)
     assert torch.equal(logits(base, half), expected)
     assert [parent.info.scale for parent in half.info.parents] == [0.5, 0.5]
+
+
+def test_at_another_strength_a_patch_says_what_was_seen_there(load: Callable[..., Base], tmp_path: Path) -> None:
+    probes = (Probed(prompt="Varn:", before="x", after="y"),)
+    patch = taking(load)
+    patch = replace(patch, info=patch.info.model_copy(update={"took": True, "probes": probes}))
+    patch.save(tmp_path / "p")
+    patch = Patch.load(tmp_path / "p")
+    found = apply_patch([tmp_path / "p"], scale=1e-3, out=tmp_path / "weak", peft=tmp_path / "adapter", dtype="float32")
+    weak, entry = Patch.load(tmp_path / "weak").info, found["patches"][0]
+    assert (weak.took, weak.after, weak.probes) == (False, entry["after"], ()) and entry["took"] is False
+    assert "| no |" in (tmp_path / "adapter" / "README.md").read_text()
+    apply_patch([tmp_path / "p"], scale=1.0, out=tmp_path / "same", dtype="float32")
+    assert Patch.load(tmp_path / "same").info == patch.info
+    apply_patch([tmp_path / "p", tmp_path / "p"], scale=1e-3, out=tmp_path / "two", dtype="float32")
+    assert [(one.info.took, one.info.after) for one in Patch.load(tmp_path / "two").info.parents] == [(False, None)] * 2
 
 
 @pytest.mark.parametrize(
