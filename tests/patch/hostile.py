@@ -318,9 +318,7 @@ KINDS: dict[str, Kind] = {
     "a parent of a newer version": Kind(
         parents({MODULE: 2}, format_version=9), "format_version: Input should be less", seen=False
     ),
-    "a parent of an unknown dtype": Kind(
-        parents({MODULE: 2}, dtype="int7"), "dtype: String should match", seen=False
-    ),
+    "a parent of an unknown dtype": Kind(parents({MODULE: 2}, dtype="int7"), "dtype: String should match", seen=False),
     "a stack in a stack": Kind(parents({MODULE: 2}, nested=True), "is a stack itself", seen=False),
     "a stack in a joint patch": Kind(parents({}, nested=True), "is a stack itself", seen=False),
     # the tensors

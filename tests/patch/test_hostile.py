@@ -41,6 +41,8 @@ def ie(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
 def test_there_are_many() -> None:
     assert len(KINDS) >= 40
+    document = Path(__file__).parents[2] / "docs" / "patch-format.md"
+    assert f"writes {len(KINDS)} files" in document.read_text(encoding="utf-8")
 
 
 def test_the_good_one_is_taken(ie: Callable[..., Said], folder: dict[str, Path], tmp_path: Path) -> None:
