@@ -113,7 +113,7 @@ def edit(
             {
                 "requests": requests, "many": from_file is not None, "editor": editor, "model": model, "out": out,
                 "rank": rank, "patch_dtype": patch_dtype, "quant": quant, "dtype": dtype, "device": device,
-                "force": force, "together": together,
+                "together": together,
                 **({} if regularisation is None else {"regularisation": regularisation}),
             }
         )  # fmt: skip

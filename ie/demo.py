@@ -52,7 +52,7 @@ def run(
         request = RequestSettings(
             instruction=record.instruction.heldout[0], prompt=record.prompt, target=record.target, probes=(probe,)
         )
-        edited = edit(EditSettings(requests=(request,), editor=editor, out=patch, force=force))
+        edited = edit(EditSettings(requests=(request,), editor=editor, out=patch))
         on_note("4/5 apply-patch: the same patch, read from its file, asked in other words")
         applied = apply_patch([patch], prompts=[*record.rephrases[:2], probe])
         on_note("5/5 eval: test records, before and after, the held-out task among them")

@@ -19,7 +19,7 @@ from ie.base.plan import Plan, plan_load, resolve_folder
 from ie.base.precision import with_faster_dtype
 from ie.base.suffix import Decoder
 from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets
-from ie.errors import ModelError
+from ie.errors import InputError, ModelError
 
 __all__ = ["load_base"]
 
@@ -48,9 +48,12 @@ def load_base(
 
     Raises:
         ModelError: if there is no such model, or nothing in it that can be edited.
-        InputError: if an argument is unknown.
+        InputError: if an argument is unknown, or there is no such device.
     """
     plan = plan_load(quant, dtype, device)
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if plan.device.type == "cuda" and (plan.device.index or 0) >= n_gpus:
+        raise InputError(f"no device {device!r}: torch sees {n_gpus} GPUs", hint="`ie doctor` says what is there")
     folder = resolve_folder(name)
     checkpoint_files(folder)
     try:

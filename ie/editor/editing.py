@@ -51,7 +51,7 @@ class RequestSettings(BaseModel):
 
 
 class EditSettings(BaseModel):
-    """What `ie edit` can be told.
+    """What `ie edit` can be told; what is at `out` already is replaced.
 
     Attributes:
         requests: the edits.
@@ -67,7 +67,6 @@ class EditSettings(BaseModel):
         quant: see `load_base`.
         dtype: see `load_base`.
         device: see `load_base`.
-        force: overwrite `out`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +83,6 @@ class EditSettings(BaseModel):
     quant: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
-    force: bool = False
 
 
 def edit(settings: EditSettings) -> dict[str, Any]:

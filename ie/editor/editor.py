@@ -28,6 +28,7 @@ from ie.editor.kinds import Kinds, opened
 from ie.editor.network import Hypernetwork, routes
 from ie.editor.normaliser import Normaliser
 from ie.editor.whitener import Whitener
+from ie.errors import IEError
 
 __all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 
@@ -198,12 +199,22 @@ class Editor(nn.Module):
         """Let no gradient be larger: of the rates, of what all kinds have in common, and of what each has of its own.
 
         A kind's gradient is not made smaller by the size of another's that the same batch holds.
+
+        Raises:
+            IEError: if a gradient is not finite, before anything is changed by it.
         """
         layers = [layer for network in self.networks.values() for layer in network.layers]  # type: ignore[union-attr]
         parts = [[layer.common for layer in layers]]
         parts += [[layer.kinds[kind] for layer in layers] for kind in range(self.settings.n_kinds)]
-        for modules in ([self.log_rates, self.log_regularisations], *parts):
+        found = [
             nn.utils.clip_grad_norm_([one for module in modules for one in module.parameters()], norm)
+            for modules in ([self.log_rates, self.log_regularisations], *parts)
+        ]
+        if not sum(found).isfinite():  # type: ignore[union-attr]
+            raise IEError(
+                "the gradient of training is not finite",
+                hint="take a lower rate or learning_rate, or --dtype float32; --resume goes on from a checkpoint",
+            )
 
     def sizes(self, signals: Signals) -> Tensor:
         """Root mean square of each edit's normalised deltas, (n_edits,) float32: how much its target is still amiss."""

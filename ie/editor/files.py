@@ -94,12 +94,17 @@ def save_editor(
             validation=validation,
             versions=versions(),
             created=now(),
-            fingerprint=hashlib.sha256(weights).hexdigest()[:16],
+            fingerprint=_fingerprint(hashlib.sha256(weights)),
         )
-        (fresh / INFO).write_text(json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        document = json.dumps(info.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        (fresh / INFO).write_text(document + "\n", encoding="utf-8")
         for path in beside:
             shutil.copyfile(path, fresh / path.name)
     return info
+
+
+def _fingerprint(digest: hashlib._Hash) -> str:
+    return digest.hexdigest()[:16]
 
 
 def load_info(folder: Path) -> EditorInfo:
@@ -151,4 +156,7 @@ def load_editor(folder: Path, base: Base) -> tuple[Editor, EditorInfo]:
         raise EditorError(f"{folder / WEIGHTS} does not fit editor.json: {error}", hint="train it again") from error
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise EditorError(f"{folder / WEIGHTS} holds values that are not finite", hint="train it again")
+    with (folder / WEIGHTS).open("rb") as file:
+        if _fingerprint(hashlib.file_digest(file, "sha256")) != info.fingerprint:
+            raise EditorError(f"{folder / WEIGHTS} is not of this editor.json", hint="copy the whole folder")
     return editor.to(base.device).eval(), info

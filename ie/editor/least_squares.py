@@ -83,10 +83,8 @@ class LeastSquares:
             change = _solve(gram, damping, cross)
             a, b = whole(change[None])
             given = (change.detach() * (gram @ change.detach())).sum()
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise EditorError("the joint update is not finite", hint="take a larger regularisation")
         scale = _scale(self.regularisation, given, given.new_tensor(self._wanted))
-        return a.float(), (b * scale).float()
+        return _finite(a.float(), (b * scale).float())
 
 
 class Joint:
@@ -124,6 +122,9 @@ def each_alone(
         signals: of n edits.
         update: the n updates that the editor makes of them.
         regularisations: see `Joint`.
+
+    Raises:
+        EditorError: if an update is not finite.
     """
     out = {}
     for name, factors in update.items():
@@ -136,7 +137,7 @@ def each_alone(
         gram = keys @ keys.mT
         b = _solve(gram, damping[:, None, None], values)
         scale = _scale(regularisations[name], (gram @ b).square().sum((1, 2)), values.square().sum((1, 2)))
-        out[name] = (editor.unwhitened(name, keys.float()), (b * scale[:, None, None]).float())
+        out[name] = _finite(editor.unwhitened(name, keys.float()), (b * scale[:, None, None]).float())
     return out
 
 
@@ -151,7 +152,20 @@ def _wanted(seen: ModuleSignals, factors: Factors) -> tuple[Tensor, Tensor]:
 def _solve(gram: Tensor, damping: Tensor | float, right: Tensor) -> Tensor:
     """(gram + damping · I)⁻¹ right, for positive definite matrices (..., n, n)."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping * eye))
+    try:
+        return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping * eye))
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # alike keys and hardly any damping, or NaN
+        raise _unsolvable() from error
+
+
+def _finite(a: Tensor, b: Tensor) -> Factors:
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise _unsolvable()
+    return a, b
+
+
+def _unsolvable() -> EditorError:
+    return EditorError("the joint update is not finite", hint="take a larger regularisation")
 
 
 def _scale(regularisation: Tensor | float, given: Tensor, wanted: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def find_config(name: str) -> Path:
         InputError: if there is neither.
     """
     ready = ready_configs()
-    if name in ready and not Path(name).exists():
+    if name in ready and not Path(name).is_file():
         return ready[name]
     if not Path(name).is_file():
         raise InputError(

@@ -68,9 +68,9 @@ class Processes:
         """The largest of each value over all processes."""
         if self.n == 1:
             return list(values)
-        device = torch.device(self.device or "cpu")
-        found: list[float] = reduce(torch.tensor(values, dtype=torch.float64, device=device), "max").tolist()
-        return found
+        found = torch.tensor(values, dtype=torch.float64, device=torch.device(self.device or "cpu"))
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)  # accelerate's own is new
+        return list(found.tolist())
 
     def from_first(self, value: Any) -> Any:
         """The first process's value, everywhere; the others wait for it."""

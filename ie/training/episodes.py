@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ie.base.asking import Ask
 from ie.data.record import Record
 from ie.editor.request import EditRequest
 
-__all__ = ["Episodes", "Relations", "draw_instruction", "make_episodes"]
+__all__ = ["Episodes", "Relations", "consistent", "draw_instruction", "make_episodes"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def make_episodes(
     records: Sequence[Record],
     rng: random.Random,
     *,
+    negatives: Sequence[Record] | None = None,
     relations: Relations | None,
     told_share: float,
     plain_share: float,
@@ -72,11 +73,13 @@ def make_episodes(
     Args:
         records: the records to edit, training ones.
         rng: what is drawn with.
+        negatives: records whose prompts are drawn to stay as they are, but for those about an edit's own subject; None
+            for the batch's own.
         relations: where records that ask the same of another subject are found; None to do without.
         told_share: share of the edits that come with an instruction.
         plain_share: share of the queries that carry no instruction.
         n_negatives: how many other records' prompts must stay as they are, for each edit; with `relations` the first
-            asks the same of another subject, which is what an edit spreads to soonest, the others come from the batch.
+            asks the same of another subject, which is what an edit spreads to soonest.
     """
     out = Episodes([], [], [])
     for edit, record in enumerate(records):
@@ -90,12 +93,24 @@ def make_episodes(
         if record.locality:
             question = rng.choice(record.locality)
             out.kept.append(Ask(question.prompt, question.answer, None, edit))
-        unrelated = [other for other in records if other.subject != record.subject]
+        unrelated = [other for other in negatives or records if other.subject != record.subject]
         related = relations.other(record, rng) if relations and n_negatives else None
         n_drawn = min(n_negatives - (related is not None), len(unrelated))
         for other in [*([related] if related else []), *rng.sample(unrelated, n_drawn)]:
             out.kept.append(Ask(other.prompt, other.ground_truth or other.target, None, edit))
     return out
+
+
+def consistent(episodes: Episodes, records: Sequence[Record], n_sums: int) -> Episodes:
+    """Episodes without the queries to keep that ask what another edit of the same sum is to change.
+
+    Args:
+        episodes: a batch.
+        records: its records, one an episode.
+        n_sums: into how many sums its edits are added up, edit i into sum i modulo `n_sums`.
+    """
+    changed = {(edit % n_sums, record.prompt) for edit, record in enumerate(records)}
+    return replace(episodes, kept=[ask for ask in episodes.kept if (ask.edit % n_sums, ask.prompt) not in changed])
 
 
 def draw_instruction(record: Record, rng: random.Random) -> str | None:

@@ -181,11 +181,12 @@ def _base_bytes(model: nn.Module, blocks: nn.ModuleList, plan: Plan) -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held: of the GPU if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    """The most memory that this process has held: of the GPU if it used one, else of the machine."""
+    if torch.cuda.is_available() and (of_gpu := torch.cuda.max_memory_allocated()):
+        return int(of_gpu)
     status = Path("/proc/self/status")
     if status.exists():  # getrusage counts what the parent held when it started this process
-        peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ie.errors import InputError
+from ie.files import new_file
 from ie.training.settings import TrainSettings
 
 __all__ = ["METRICS", "Metrics", "check_tracker"]
@@ -38,7 +39,8 @@ class Metrics:
         self._failed = False
         if step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if _is_before(line, step)), encoding="utf-8")
+            with new_file(self.path) as fresh:
+                fresh.write_text("".join(line for line in lines if _is_before(line, step)), encoding="utf-8")
         else:
             self.path.write_text("", encoding="utf-8")
         self._tracker = _start_tracker(folder, settings)

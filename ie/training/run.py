@@ -27,10 +27,11 @@ from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean, mean
 from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import forced_figures
+from ie.files import new_file
 from ie.training.checkpoint import Checkpoint, checkpoints, training_folder, write_checkpoint
 from ie.training.config import CONFIG, config_text
 from ie.training.distributed import Processes, share
-from ie.training.episodes import Relations, draw_instruction, make_episodes
+from ie.training.episodes import Relations, consistent, draw_instruction, make_episodes
 from ie.training.events import Event, OnEvent
 from ie.training.loss import Loss, backward
 from ie.training.memory import peak_memory_bytes
@@ -90,7 +91,7 @@ class Run:
             betas=(0.9, 0.99),
         )
         self.peaks = [group["lr"] for group in self.optimiser.param_groups]
-        self.best: dict[str, Tensor] | None = None
+        self.best: dict[str, Tensor] | None = None  # on validation records
         self.figures: dict[str, float] = {}
         self.best_score, self.best_step, self.n_stale, self.n_steps_done = -1.0, 0, 0, 0
         self.recent: list[list[float]] = []  # losses of edits and of what is to stay
@@ -104,8 +105,8 @@ class Run:
         if self.processes.is_first:
             folder = training_folder(self.settings.out)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / CONFIG).write_text(config_text(self.settings, versions()), encoding="utf-8")
+                with new_file(folder / CONFIG) as fresh:
+                    fresh.write_text(config_text(self.settings, versions()), encoding="utf-8")
                 self.metrics = Metrics(folder, self.settings, self.n_steps_done, self._note)
             except OSError as error:
                 raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -175,6 +176,7 @@ class Run:
             "data": self.dataset.fingerprint,
             "base": {"id": self.base.id, "fingerprint": self.base.fingerprint},
             "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "quant": self.base.quant,
             "elapsed": self.elapsed,
             "random": self.rng.getstate(),
             "stream": self.stream.state(),
@@ -198,7 +200,7 @@ class Run:
                 f"this base is {self.base.id} ({self.base.fingerprint})"
             )
         self.editor.load_state_dict(_below(saved.tensors, "editor/"))
-        self.best = _below(saved.tensors, "best/")
+        self.best = _below(saved.tensors, "best/") or None
         moments: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _below(saved.tensors, "optimiser/").items():
             parameter, _, key = name.rpartition(":")
@@ -238,16 +240,21 @@ class Run:
         warm = min(1.0, (self.n_steps_done + 1) / _WARMUP_STEPS)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * warm * (1 - self._progress())
+        batch, joint = self._batch(), self.editor.settings.method == JOINT
         episodes = make_episodes(
-            self._batch(),
+            batch,
             self.rng,
+            negatives=self._batch() if joint else None,  # of a batch that is edited at once nothing is to stay
             relations=self.relations,
             told_share=0.0 if self.settings.method == "mend" else 1 - self.settings.instruction_dropout,
             plain_share=self.settings.plain_share,
             n_negatives=self.settings.n_negatives,
         )
-        if self.editor.settings.method != JOINT and self.rng.random() < self.settings.stacked_share:
-            episodes = replace(episodes, n_stacks=-(-len(episodes.requests) // _STACK))
+        if joint:
+            episodes = consistent(episodes, batch, 1)
+        elif self.rng.random() < self.settings.stacked_share:
+            n_stacks = -(-len(batch) // _STACK)
+            episodes = replace(consistent(episodes, batch, n_stacks), n_stacks=n_stacks)
         self.optimiser.zero_grad(set_to_none=True)
         own = share(episodes, self.processes)
         loss = backward(self.base, self.editor, own, self.settings.locality_weight, whole=episodes)
@@ -265,7 +272,6 @@ class Run:
 
     def _compare(self) -> None:
         if not self.validation:
-            self.best, self.best_step = copy.deepcopy(self.editor.state_dict()), self.n_steps_done
             return
         method = validated(self.editor, self.settings.batch_size)
         figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
@@ -304,10 +310,14 @@ class Run:
         self.on_event(Event(kind, "", self.n_steps_done, self.settings.steps, dict(shown), seconds, left))
 
     def finish(self) -> dict[str, Any]:
-        """Write the best editor, its configuration and figures beside it, and say how the run went."""
+        """Write the best editor, or without validation the last, its configuration and figures beside it, and say how
+        the run went.
+        """
         seconds = time.monotonic() - self.began
         if self.best is not None:
             self.editor.load_state_dict(self.best)
+        else:
+            self.best_step = self.n_steps_done
         if self.processes.is_first:
             self._save(seconds)
         if self.metrics is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 __all__ = ["TrainSettings"]
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TrainSettings(BaseModel):
@@ -29,7 +31,7 @@ class TrainSettings(BaseModel):
         minutes: end after this time, the learning rate's decay fitted to it; None for no bound.
         seed: of everything that is drawn.
         balance: draw tasks evenly; False draws them by size.
-        force: overwrite `out`.
+        force: start anew where an unfinished run for `out` has checkpoints.
         batch_size: edits in one step.
         rank: rank of the hypernetwork's layers; what a task's edits have of their own there has half of it.
         n_layers: number of its layers.
@@ -84,9 +86,9 @@ class TrainSettings(BaseModel):
     locality_weight: NonNegativeFloat = 0.5
     n_negatives: NonNegativeInt = 2
     related_negatives: bool = False
-    instruction_dropout: NonNegativeFloat = 0.25
-    plain_share: NonNegativeFloat = 0.9
-    stacked_share: NonNegativeFloat = 0.2
+    instruction_dropout: Share = 0.25
+    plain_share: Share = 0.9
+    stacked_share: Share = 0.2
     validate_every: PositiveInt = 100
     n_validation: NonNegativeInt = 96
     patience: PositiveInt | None = 6

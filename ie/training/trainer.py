@@ -9,7 +9,12 @@ Several processes train one editor together (`ie.training.distributed`); the fir
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ie.base.load import load_base
 from ie.base.model import Base
@@ -45,7 +50,8 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
         The JSON object of `ie train`.
 
     Raises:
-        InputError: if the dataset has no record to train on, or `resume` finds nothing that it can go on with.
+        InputError: if the dataset has no record to train on, `resume` finds a run that it cannot go on with, or another
+            process trains an editor for the same folder.
         BaseMismatchError: if `resume` finds a run for another base model.
         KeyboardInterrupt: after a checkpoint and the best editor so far have been written.
     """
@@ -55,8 +61,9 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
 
 
 def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> dict[str, Any]:
-    if settings.batch_size < processes.n:
-        raise InputError(f"a batch of {settings.batch_size} cannot be shared by {processes.n} processes")
+    for name in ("batch_size", "n_fit"):
+        if getattr(settings, name) < processes.n:
+            raise InputError(f"{name} {getattr(settings, name)} cannot be shared by {processes.n} processes")
     if settings.device_map is not None and processes.n > 1:
         raise InputError(
             f"--device-map {settings.device_map} is for one process, here are {processes.n}",
@@ -68,10 +75,30 @@ def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> 
     tasks = tuple(task for task in settings.tasks or dataset.tasks if task not in settings.holdout)
     if not dataset.records("train", tasks):
         raise InputError(f"{settings.data} has no training record of {', '.join(tasks) or 'any task'}")
-    saved = processes.from_first(_saved(settings, dataset.fingerprint, on_event) if processes.is_first else None)
     plan = plan_load(settings.quant, settings.dtype, processes.device or settings.device)
-    with enough_memory(settings.model, plan, settings):
-        return _run(settings, processes, dataset, tasks, saved, on_event)
+    with _only_one(settings.out) if processes.is_first else nullcontext():
+        saved = processes.from_first(_saved(settings, dataset.fingerprint, on_event) if processes.is_first else None)
+        with enough_memory(settings.model, plan, settings):
+            return _run(settings, processes, dataset, tasks, saved, on_event)
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Keep other processes from training an editor for the same folder: they would remove each other's files."""
+    place = Path(f"{training_folder(out)}.lock")
+    lock = FileLock(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another process is training the editor {out}", hint="give another --out") from error
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        lock.release()
 
 
 def _run(
@@ -84,8 +111,9 @@ def _run(
 ) -> dict[str, Any]:
     base = load_base(
         settings.model,
-        quant=settings.quant,
-        dtype=saved.values["dtype"] if saved else settings.dtype,  # `auto` is measured: it may come out otherwise
+        # `auto` may come out otherwise on another device, or when it is measured again.
+        quant=saved.values["quant"] if saved else settings.quant,
+        dtype=saved.values["dtype"] if saved else settings.dtype,
         device=processes.device or settings.device,
         device_map=settings.device_map,
     )
@@ -99,10 +127,10 @@ def _run(
     try:
         run.steps()
     except KeyboardInterrupt:
-        if run.best is None:
+        if run.best is None and not run.n_steps_done:
             raise
         run.finish()
-        said = f"the best editor so far is in {settings.out}"
+        said = f"the {'best' if run.best else 'last'} editor so far is in {settings.out}"
         if checkpoints(training_folder(settings.out)):
             said += "; `ie train --resume` goes on from the last checkpoint"
         elif processes.is_first:

@@ -121,8 +121,9 @@ def test_plan_says_what_and_why() -> None:
         plan_load(dtype="int8")
     with pytest.raises(InputError, match="unknown device 'gpu'"):
         plan_load(device="gpu")
+    assert plan_load(device="cuda:99").quant == "8bit"  # of another machine: estimates need no GPU
     with pytest.raises(InputError, match="no device 'cuda:99'"):
-        plan_load(device="cuda:99")
+        load_base(device="cuda:99")
 
 
 class TestNoModel:

@@ -16,6 +16,7 @@ from ie.editor import Editor, EditorSettings, EditRequest
 from ie.editor.methods import editor_method, finetune_method, gradient_method, update_under
 from ie.editor.passes import observe
 from ie.editor.request import collate_requests
+from ie.errors import IEError
 from tests.dense import dense_gradients, dequantised, edited, random_update, tell_apart
 from tests.models import ARCHITECTURES
 
@@ -266,6 +267,18 @@ def test_an_edit_on_the_model_as_edited_so_far(load: Callable[..., Base], name: 
         for module, change in dense(update, edit).items():
             torch.testing.assert_close(change, -gradients[module], atol=1e-5, rtol=1e-3)  # fp32 through the edit
             assert (gradients[module] - at_first[edit][module]).abs().max() > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_is_refused(load: Callable[..., Base]) -> None:
+    editor = Editor(load("llama").targets, EditorSettings(rank=4, n_kinds=2))
+    for parameter in editor.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    editor.clip_gradients(1.0)
+    last = list(editor.networks.parameters())[-1]
+    assert last.grad is not None
+    last.grad.view(-1)[0] = torch.inf
+    with pytest.raises(IEError, match="not finite"):
+        editor.clip_gradients(1.0)
 
 
 def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:

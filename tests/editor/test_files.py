@@ -133,6 +133,14 @@ def test_weights_that_are_not_finite_are_refused(load: Callable[..., Base], save
         load_editor(saved, load("llama"))
 
 
+def test_weights_of_another_editor_are_refused(load: Callable[..., Base], saved: Path) -> None:
+    weights = load_file(saved / "editor.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, saved / "editor.safetensors")
+    with pytest.raises(EditorError, match=r"is not of this editor\.json"):
+        load_editor(saved, load("llama"))
+
+
 def test_no_folder_at_all(load: Callable[..., Base], tmp_path: Path) -> None:
     with pytest.raises(EditorError, match="is no editor"):
         load_editor(tmp_path / "none", load("llama"))

@@ -15,6 +15,7 @@ from ie.editor.editor import Method
 from ie.editor.least_squares import LeastSquares
 from ie.editor.methods import editor_method, fitted_editor, joint_update, ultra_method
 from ie.editor.passes import observe
+from ie.errors import EditorError
 from tests.dense import dense_joint
 
 REQUESTS = (
@@ -106,6 +107,15 @@ def test_one_token_gets_its_share_and_many_as_much_in_the_mean() -> None:
 def test_a_regularisation_must_be_positive(value: float) -> None:
     with pytest.raises(ValueError, match="regularisation"):
         LeastSquares(value)
+
+
+@pytest.mark.parametrize("n_tokens", [4, 40])  # in the dual, in the primal
+@pytest.mark.parametrize(("value", "regularisation"), [(1.0, 1e-20), (float("nan"), 0.1)])
+def test_what_cannot_be_solved_is_said(n_tokens: int, value: float, regularisation: float) -> None:
+    module = LeastSquares(regularisation)
+    module.add(torch.full((n_tokens, 8), value), torch.ones(n_tokens, 6))
+    with pytest.raises(EditorError, match="not finite"):
+        module.solve()
 
 
 def moved(base: Base, method: Method = "instructedit-joint") -> Editor:

@@ -127,6 +127,22 @@ def test_sigterm_ends_a_process_that_can_be_resumed(
     assert nothing.exit_code == 2 and "editor is finished" in nothing.stderr
 
 
+def test_a_run_goes_on_with_the_base_as_it_was_loaded(
+    settings: Callable[..., TrainSettings], own_handlers: None
+) -> None:
+    """`auto` is 8 bits where there is a GPU."""
+    one = settings(n_validation=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(one, on_event=kill_at(2))
+    state = checkpoints(training_folder(one.out))[0] / "state.json"
+    document = json.loads(state.read_text())
+    assert document["values"]["quant"] == "none"
+    document["values"]["quant"] = "8bit"
+    state.write_text(json.dumps(document))
+    train(one.model_copy(update={"resume": True}))
+    assert json.loads((one.out / "editor.json").read_text())["base"]["quant"] == "8bit"
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "no tensors", "no json", "half json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     settings: Callable[..., TrainSettings], own_handlers: None, damage: str

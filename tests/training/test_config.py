@@ -129,6 +129,14 @@ def test_unknown_keys_are_all_named_with_what_was_meant(tmp_path: Path) -> None:
     assert found.value.hint == "did you mean 'steps'? did you mean 'batch_size'?"
 
 
+def test_a_folder_of_the_same_name_hides_no_ready_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2-xl").mkdir()
+    assert find_config("gpt2-xl") == ready_configs()["gpt2-xl"]
+
+
 def test_an_unknown_name_is_told_the_ready_ones() -> None:
     with pytest.raises(InputError, match="no ready configuration") as found:
         find_config("llama-2-7")

@@ -15,7 +15,7 @@ from ie.base.asking import Ask
 from ie.data.record import Instructions, Question, Record
 from ie.editor import Editor, EditorSettings
 from ie.editor.passes import observe, propose
-from ie.training.episodes import Episodes, Relations, make_episodes
+from ie.training.episodes import Episodes, Relations, consistent, make_episodes
 from ie.training.loss import backward
 from ie.training.stream import RecordStream
 from tests.dense import edited
@@ -86,6 +86,23 @@ def test_the_first_negative_asks_the_same_of_another_subject() -> None:
     assert of_town[1] in {one.prompt for one in RECORDS[1:40]}  # of its own task and relation
     assert of_town[2:] == [far.prompt]
     assert of_edda[1:] == [RECORDS[0].prompt]  # nobody else's hat is known, and the batch has one other record
+
+
+def test_what_is_edited_beside_an_edit_is_not_to_stay() -> None:
+    records, options = RECORDS[:8], {"relations": None, "told_share": 1.0, "plain_share": 0.5}
+    made = make_episodes(records, random.Random(0), n_negatives=3, **options)
+    edited = {record.prompt for record in records}
+    for n_sums in (1, 4, 8):
+        left = consistent(made, records, n_sums)
+        assert (left.requests, left.wanted) == (made.requests, made.wanted)
+        for ask in made.kept:
+            beside = {record.prompt for edit, record in enumerate(records) if edit % n_sums == ask.edit % n_sums}
+            assert (ask in left.kept) is (ask.prompt not in beside)
+        n_lost = len(made.kept) - len(left.kept)
+        assert n_lost == {1: 24, 8: 0}.get(n_sums, n_lost) and (n_lost > 0) is (n_sums < 8)
+    apart = make_episodes(records, random.Random(0), n_negatives=3, negatives=RECORDS[8:16], **options)
+    assert len(apart.kept) == 8 * 4 and not {ask.prompt for ask in apart.kept} & edited
+    assert consistent(apart, records, 1) == apart
 
 
 def test_half_of_the_edits_are_asked_for_in_another_wording() -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ie.base import Base, load_base
 from ie.data.dataset import Dataset
@@ -24,7 +27,9 @@ from ie.evaluation.metrics import harmonic_mean
 from ie.evaluation.tuning import forced_figures
 from ie.training import Event, TrainSettings, train, trainer
 from ie.training import run as run_module
+from ie.training.checkpoint import training_folder
 from ie.training.episodes import Episodes, make_episodes
+from ie.training.loss import Loss
 from ie.training.validation import spread
 from tests.dense import state_hash
 
@@ -169,6 +174,25 @@ def test_without_validation_the_last_editor_is_kept(run: Train) -> None:
     assert not any(event.kind == "validation" for event in events)
 
 
+@pytest.mark.parametrize("options", [{"method": "instructedit-joint"}, {"stacked_share": 1.0}])
+def test_no_step_asks_an_edit_to_stay_that_it_makes(
+    run: Train, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    asked: list[Episodes] = []
+    learn = run_module.backward
+
+    def watch(base: Base, editor: Any, episodes: Episodes, *args: Any, **kwargs: Any) -> Loss:
+        asked.append(episodes)
+        return learn(base, editor, episodes, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "backward", watch)
+    run(steps=6, n_validation=0, **options)
+    for made in asked:
+        n_sums = made.n_stacks or 1
+        wanted = {(ask.edit % n_sums, ask.prompt) for ask in made.wanted}
+        assert made.kept and not {(ask.edit % n_sums, ask.prompt) for ask in made.kept} & wanted
+
+
 def test_the_best_editor_is_what_is_saved(run: Train, tmp_path: Path, load: Callable[..., Base], dataset: Path) -> None:
     options = {"steps": 10, "validate_every": 2, "patience": None, "rate": 0.003, "n_validation": 8}
     result, events = run(rate_learning_rate=0.5, learning_rate=1e-2, **options)
@@ -209,6 +233,44 @@ def test_an_interrupt_leaves_a_usable_editor_and_is_raised_again(
     _, info = load_editor(tmp_path / "editor", load("llama"))
     assert info.training["steps_done"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+def test_without_validation_an_interrupt_leaves_the_last_editor(
+    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+) -> None:
+    rates: list[Tensor] = []
+
+    def stop_at(step: int) -> Callable[[Event], None]:
+        def watch(event: Event) -> None:
+            assert "validation" not in event.text
+            if event.kind == "step" and event.step == step:
+                raise KeyboardInterrupt
+
+        return watch
+
+    for step in (1, 3):
+        settings = TrainSettings(
+            model=str(checkpoint("llama")), data=dataset, out=tmp_path / str(step), device="cpu", batch_size=4, rank=8,
+            n_fit=8, n_validation=0, rate_learning_rate=0.1,
+        )  # fmt: skip
+        with pytest.raises(KeyboardInterrupt, match="the last editor so far"):
+            train(settings, on_event=stop_at(step))
+        weights = load_file(settings.out / "editor.safetensors")
+        rates.append(torch.cat([weights[name].flatten() for name in sorted(weights) if "log_rates" in name]))
+    assert not torch.equal(*rates)  # not what the run began with
+
+
+def test_one_process_trains_an_editor(run: Train, tmp_path: Path) -> None:
+    with FileLock(f"{training_folder(tmp_path / 'editor')}.lock"), pytest.raises(InputError, match="another process"):
+        run(steps=1)
+    assert run(steps=1)[0]["steps"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["editor"]
+
+
+@pytest.mark.parametrize("name", ["plain_share", "instruction_dropout", "stacked_share"])
+def test_a_share_is_one_at_most(name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        TrainSettings.model_validate({name: 9})
 
 
 def test_an_interrupt_before_there_is_an_editor_writes_nothing(
