@@ -129,8 +129,9 @@ def patch_seconds(base: Base, folder: Path, dataset: Dataset, n: int) -> dict[st
     first, *others = requests_of(draw(dataset, "validation", 1 + _N_SINGLE))
     alone(first)
     one = statistics.median(seconds(lambda request=request: alone(request)) for request in others)  # type: ignore[misc]
-    each = seconds(lambda: together(requests_of(draw(dataset, "test", n)))) / n
-    return {"n": n, "joint_s": each, "single_s": one, "share": each / one}
+    many = requests_of(draw(dataset, "test", n))
+    each = seconds(lambda: together(many)) / len(many)
+    return {"n": len(many), "joint_s": each, "single_s": one, "share": each / one}
 
 
 def measure_size(
@@ -154,7 +155,7 @@ def measure_size(
     update = compress(update, energy=1.0)
     told = [one.instruction for one in requests]
     for one in measure(base, records, told, update, queries=("plain",), metrics=VALIDATED, generate=generate):
-        if one.metric in VALIDATED:  # fluency and what the base knew are not asked here
+        if one.metric in VALIDATED:  # what the base knew is told apart elsewhere
             found[f"{one.metric}_{one.decoding}"] = mean(list(one.values.values()))
     return {**found, "peak_bytes": peak_memory_bytes()}
 

@@ -1,8 +1,8 @@
 """Peak memory of one training process: `python -m benchmarks.memory ours|reference|reference-1920 BASE DATA`.
 
 The GPU's memory where there is one, else the machine's.
-Ours trains 64 episodes in batches of the default size, the reference as many one at a time, both with Adam. Its editor
-has ours' rank, or the paper's 1,920.
+Ours trains four batches of the default size, the reference the episodes of one of them, one at a time, both with Adam.
+Its editor has ours' rank, or the paper's 1,920.
 """
 
 from __future__ import annotations

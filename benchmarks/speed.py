@@ -100,10 +100,9 @@ def training(folder: Path, data: Path) -> Row:
 
 def single_edit(folder: Path, data: Path) -> Row:
     """(b) Seconds from a request that was never seen to an edited model."""
-    base = _load(folder)
     episodes = draw_episodes(data, 1)
-    editor = moved_editor(base, episodes)
-    reference, method = Reference(folder, editor), editor_method(editor)
+    editor = moved_editor(_load(folder), episodes)
+    base, reference, method = _load(folder), Reference(folder, editor), editor_method(editor)  # one that has read none
     requests = [request for batch in episodes for request in batch.requests][: _N_EDITS + 1]
     method(base, [requests[-1]])
     ours, plain = alternating(
@@ -115,9 +114,8 @@ def single_edit(folder: Path, data: Path) -> Row:
 
 def evaluation(folder: Path, data: Path) -> Row:
     """(c) Seconds per edit: made, then edit prompt, rephrase and locality asked before and after."""
-    base = _load(folder)
-    editor = moved_editor(base, draw_episodes(data, 4))
-    reference, method = Reference(folder, editor), editor_method(editor)
+    editor = moved_editor(_load(folder), draw_episodes(data, 4))
+    base, reference, method = _load(folder), Reference(folder, editor), editor_method(editor)
     usable = [r for r in Dataset.load(data).records("train") if r.rephrases and r.locality and not is_opinion(r)]
     records = [
         r.model_copy(update={"rephrases": r.rephrases[:1], "locality": r.locality[:1]})

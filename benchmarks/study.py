@@ -59,7 +59,7 @@ _SHOWN = {
 
 def measure(folder: Path, base: Path, name: str, seed: int, steps: int, limit: int) -> dict[str, Any]:
     """Train and judge one row of one seed: steps per second, and figures by task and metric."""
-    key = f"{name.replace(' ', '-')}-{seed}-{steps}"
+    key = f"{name.replace(' ', '-')}-{seed}-{steps}-{limit}"
     found = folder / f"{key}.json"
     if not found.exists():
         settings = read_config(find_config(CONFIG)) | ROWS[name]

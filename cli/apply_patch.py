@@ -9,7 +9,7 @@ import typer
 
 from ie.errors import EditFailedError, InputError
 
-from .files import check_model, check_names, check_new
+from .files import check_model, check_names, check_new_file, check_new_folder
 from .options import BaseOf, Debug, Device, Json, Quant, Quiet
 from .render import reporting
 
@@ -55,14 +55,14 @@ def apply_patch(
     """Verify and preview patches; stack, merge, or export to PEFT."""
     with reporting(json=json, quiet=quiet, debug=debug) as render:
         _check(patches, model, prompt or [], scale, check or [])
-        for place, flag in ((out, "--out"), (merge, "--merge"), (peft, "--peft")):
+        if out is not None:
+            check_new_file(out, force=force)
+        for place, flag, marker in ((merge, "--merge", "config.json"), (peft, "--peft", "adapter_config.json")):
             if place is not None:
-                check_new(place, force=force, flag=flag)
+                check_new_folder(place, marker, force=force, flag=flag)
         places = [place.resolve() for place in (out, merge, peft) if place is not None]
         if len(set(places)) < len(places):
             raise InputError("--out, --merge and --peft need places of their own")
-        if out is not None and out.is_dir():
-            raise InputError(f"--out {out} is a folder, expected a patch file")
 
         from ie.patch.apply import apply_patch as apply
 

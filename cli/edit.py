@@ -11,7 +11,7 @@ import typer
 
 from ie.errors import DataError, EditFailedError, InputError
 
-from .files import check_model, check_new, read_editor_info
+from .files import check_model, check_new, check_new_file, read_editor_info
 from .options import DEFAULT_EDITOR, DEFAULT_PATCH, BaseOf, Debug, Device, Dtype, Force, Json, Quant, Quiet, Templates
 from .render import Render, reporting
 
@@ -101,8 +101,11 @@ def edit(
                 from_file, instruction, probes, task=task, templates=templates, needs_instruction=needs_instruction
             )
         together = _together(from_file, joint=joint, sequential=sequential, regularisation=regularisation)
-        out = out or (DEFAULT_PATCH if from_file is None or together else DEFAULT_FOLDER)
-        check_new(out, force=force)
+        if templates is not None and task is None and from_file is None:
+            raise InputError("--templates needs --task")
+        is_file = from_file is None or together is not None
+        out = out or (DEFAULT_PATCH if is_file else DEFAULT_FOLDER)
+        (check_new_file if is_file else check_new)(out, force=force)
 
         from ie.editor.editing import EditSettings
         from ie.editor.editing import edit as make_edit

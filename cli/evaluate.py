@@ -9,7 +9,15 @@ import typer
 
 from ie.errors import InputError
 
-from .files import check_model, check_names, check_new, read_dataset_info, read_editor_info, split_names, write_text
+from .files import (
+    check_model,
+    check_names,
+    check_new_file,
+    read_dataset_info,
+    read_editor_info,
+    split_names,
+    write_text,
+)
 from .options import DEFAULT_DATA, DEFAULT_EDITOR, BaseOf, Data, Debug, Device, Dtype, Force, Json, Quant, Quiet, Seed
 from .render import reporting
 
@@ -21,7 +29,9 @@ METHODS = ("none", "finetune", "gradient", "ultra")
 def evaluate(
     holdout: Annotated[
         str | None,
-        typer.Option("--holdout", metavar="T", help="Task that no editor may have seen.", show_default="the editor's"),
+        typer.Option(
+            "--holdout", metavar="T", help="Task that no editor may have seen; or none.", show_default="the editor's"
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="A,B", help="Tasks to report.", show_default="all")
@@ -70,12 +80,12 @@ def evaluate(
         known = tuple(read_dataset_info(data)["tasks"])
         names = split_names(tasks, "--tasks")
         check_names(names, known, "--tasks", "task")
-        check_names([holdout] if holdout else [], known, "--holdout", "task")
+        check_names([holdout] if holdout not in (None, "none") else [], known, "--holdout", "task")
         for folder in editors:
             _check_untrained(folder, read_editor_info(folder), holdout)
         for file, flag in ((out, "--out"), (markdown, "--markdown")):
             if file is not None:
-                check_new(file, force=force, flag=flag)
+                check_new_file(file, force=force, flag=flag)
 
         import json as json_format
 

@@ -15,6 +15,8 @@ __all__ = [
     "check_model",
     "check_names",
     "check_new",
+    "check_new_file",
+    "check_new_folder",
     "read_dataset_info",
     "read_editor_info",
     "read_object",
@@ -27,6 +29,29 @@ def check_new(path: Path, *, force: bool, flag: str = "--out") -> None:
     """Refuse an output that exists, unless --force; refuse a parent that is no folder always."""
     if not force and (path.exists() or path.is_symlink()) and not _is_empty_folder(path):
         raise InputError(f"{flag} {path} exists", hint=f"give --force to overwrite it, or another {flag}")
+    _check_parents(path, flag)
+
+
+def check_new_file(path: Path, *, force: bool, flag: str = "--out") -> None:
+    """Refuse an output file that exists, unless --force; a folder always."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a folder, expected a file")
+    check_new(path, force=force, flag=flag)
+
+
+def check_new_folder(path: Path, marker: str, *, force: bool, flag: str = "--out") -> None:
+    """Refuse an output folder that exists, unless --force, and even then one without a file that all of its kind hold.
+
+    All of it would be replaced, whatever it holds.
+    """
+    if path.is_dir() and not _is_empty_folder(path) and not (path / marker).is_file():
+        raise InputError(f"{flag} {path} holds other things: it has no {marker}", hint=f"give another {flag}")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{flag} {path} is a file, expected a folder")
+    check_new(path, force=force, flag=flag)
+
+
+def _check_parents(path: Path, flag: str) -> None:
     for parent in path.parents:
         if parent.exists():
             if not parent.is_dir():

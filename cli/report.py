@@ -45,15 +45,21 @@ class Section:
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """The report's tables: methods side by side, then what editors do when told other things than what is right."""
     rows, gaps = named(result["rows"]), named(result.get("differences", ()))
-    styled = [{**row, "control": row["style"]} for row in rows if row.get("style")]
-    told = [row for row in rows if row.get("control") and not row.get("style")]
-    less = [_less(row) for row in gaps if row.get("control") and not row.get("versus_style")]
-    groups = (
-        ([row for row in rows if not row.get("control")], "method", ""),
-        (told, "control", ": which instruction"),
-        (less, "control", ": right instruction less another, in points"),
-        (styled, "control", ": each unseen wording"),
-    )
+    groups: list[tuple[list[Row], str, str]] = [([row for row in rows if not row.get("control")], "method", "")]
+    controlled = list(dict.fromkeys(row["method"] for row in rows if row.get("control")))
+    for method in controlled:
+        mine = [row for row in rows if row.get("control") and row["method"] == method]
+        styled: list[Row] = [{**row, "control": row["style"]} for row in mine if row.get("style")]
+        told = [row for row in mine if not row.get("style")]
+        less = [
+            _less(row) for row in gaps if row.get("control") and not row.get("versus_style") and row["method"] == method
+        ]
+        of = f" of {method}" if len(controlled) > 1 else ""
+        groups += [
+            (told, "control", f"{of}: which instruction"),
+            (less, "control", f"{of}: right instruction less another, in points"),
+            (styled, "control", f"{of}: each unseen wording"),
+        ]
     out = []
     for found, column, suffix in groups:
         names = labels(found, column)
@@ -192,7 +198,9 @@ def summary_of(result: Mapping[str, Any]) -> list[str]:
     of_method = {
         (row["task"], row["metric"], row["decoding"]): row["value"] for row in edited if row["method"] == method
     }
-    found = {(task, metric): value for (task, metric, way), value in of_method.items() if way == decoding}
+    # Of opinions nothing is generated: what is forced counts there.
+    ways = ("forced", decoding)
+    found = {(task, metric): value for last in ways for (task, metric, way), value in of_method.items() if way == last}
     advice = {
         "reliability": "edits do not take often enough; train longer, or give more records of the task",
         "generalization": "edits do not reach other wordings; give records with more rephrases",
@@ -219,16 +227,17 @@ def summary_of(result: Mapping[str, Any]) -> list[str]:
         out.append(
             f"Teacher forcing flatters {', '.join(flattered)} by more than 10 points: trust the generated figures."
         )
-    out += _instruction_matters(result)
+    out += _instruction_matters(result, method)
     out += weak("portability", "what follows from a new fact needs edits of its own")
     return out[:6]
 
 
-def _instruction_matters(result: Mapping[str, Any]) -> list[str]:
+def _instruction_matters(result: Mapping[str, Any], method: str) -> list[str]:
     gaps = [
         row
-        for row in result.get("differences", ())
-        if row.get("control") == "right" and row["metric"] == "harmonic-mean" and row["query"] == "plain"
+        for row in named(result.get("differences", ()))
+        if row["method"] == method and row.get("control") == "right"
+        if (row["metric"], row["query"]) == ("harmonic-mean", "plain")
         if row["versus_control"] in ("none", "wrong-task", "random")
     ]
     if not gaps:

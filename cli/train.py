@@ -10,7 +10,7 @@ import typer
 
 from ie.errors import InputError
 
-from .files import check_model, check_names, check_new, read_dataset_info, split_names
+from .files import check_model, check_names, check_new_folder, read_dataset_info, split_names
 from .options import (
     DEFAULT_DATA,
     DEFAULT_EDITOR,
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["train"]
 
-_RANK, _N_PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+
+def _of_launcher(name: str, alone: int) -> int:
+    """A number that a launcher of several processes sets."""
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal():
+        raise InputError(f"the environment's {name} is {text!r}, expected a number as torchrun sets it")
+    return int(text)
 
 
 def _read_config(context: typer.Context, name: str | None) -> str | None:
@@ -130,6 +136,7 @@ def train(
 ) -> None:
     """Train one editor for all tasks of a dataset."""
     with reporting(json=json, quiet=quiet, debug=debug) as render:
+        rank, n_processes = _of_launcher("RANK", 0), _of_launcher("WORLD_SIZE", 1)
         flags = {
             "model": model, "data": data, "out": out, "tasks": split_names(tasks, "--tasks") or None,
             "method": method, "quant": quant, "dtype": dtype, "device": device,
@@ -150,10 +157,11 @@ def train(
             values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
         else:
             check_model(model)
-            check_new(out, force=force)
-            explicit = _given(context, "holdout")
-            values = values | {"holdout": _check_tasks(render, data, tasks, left_out, explicit=explicit)} | more
-        _run(render, values | {"out": out})
+            check_new_folder(out, "editor.json", force=force)
+            explicit, alone = _given(context, "holdout"), n_processes == 1
+            held = _check_tasks(render, data, tasks, left_out, explicit=explicit, alone=alone)
+            values = values | {"holdout": held} | more
+        _run(render, values | {"out": out}, shown=rank == 0)
 
 
 def _show_plan(render: Render, values: dict[str, Any]) -> None:
@@ -180,7 +188,7 @@ def _begun(out: Path) -> dict[str, Any]:
     return read_config(begun)
 
 
-def _run(render: Render, values: dict[str, Any]) -> None:
+def _run(render: Render, values: dict[str, Any], *, shown: bool) -> None:
     from ie.training import train as train_editor
 
     from .progress import TrainingProgress
@@ -189,7 +197,7 @@ def _run(render: Render, values: dict[str, Any]) -> None:
     settings = _settings(values, "")
     with TrainingProgress(render) as progress:
         result = train_editor(settings, on_event=progress)
-    if _RANK == 0:
+    if shown:
         render.result(result, *train_view(result))
 
 
@@ -214,7 +222,7 @@ def _given(context: typer.Context, name: str) -> bool:
 
 
 def _check_tasks(
-    render: Render, data: Path, tasks: str | None, left_out: tuple[str, ...], *, explicit: bool
+    render: Render, data: Path, tasks: str | None, left_out: tuple[str, ...], *, explicit: bool, alone: bool
 ) -> tuple[str, ...]:
     """Check --tasks and --holdout against the dataset; without a default dataset, build it first.
 
@@ -222,7 +230,7 @@ def _check_tasks(
         The tasks to leave out.
     """
     names = split_names(tasks, "--tasks")
-    if data == DEFAULT_DATA and not data.exists() and _N_PROCESSES == 1:
+    if data == DEFAULT_DATA and not data.exists() and alone:
         from ie.data.build import build
 
         render.note(f"no dataset at {data}: building the default one first")

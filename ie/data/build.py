@@ -18,10 +18,10 @@ from typing import Any
 
 import jsonlines
 
-from ie.data.dataset import FORMAT_VERSION, INFO_FILE, did_you_mean, split_file
+from ie.data.dataset import FORMAT_VERSION, INFO_FILE, TEMPLATES_FILE, did_you_mean, split_file
 from ie.data.record import SPLITS, Instructions, Question, Record, Split
 from ie.data.splits import normal_subject, quotas, rank, split_of
-from ie.data.templates import Template, fingerprint, load_templates
+from ie.data.templates import Template, fingerprint, load_templates, templates_text
 from ie.errors import DataError, InputError
 from ie.files import new_folder
 
@@ -111,6 +111,8 @@ def build(
     with new_folder(target) as folder:
         info["fingerprint"] = _write_records(folder, finished)
         info.update(seed=seed, limit=limit)
+        used = {task: loaded[task] for task in info["tasks"]}
+        (folder / TEMPLATES_FILE).write_text(templates_text(used) + "\n", encoding="utf-8")
         (folder / INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"out": str(target), **info}
 

@@ -2,6 +2,7 @@
 
     train.jsonl  validation.jsonl  test.jsonl     one record a line
     dataset.json                                  format version, counts, seed, sources, fingerprints
+    templates.json                                the instruction templates that it was built with
 
 Invariants, checked when a folder is read: every line is a whole record, ids are unique, and no subject stands in two
 splits, in whatever task. Lines may be written by hand: `subject`, `prompt` and `target` are enough where the task is
@@ -24,12 +25,22 @@ from pydantic import ValidationError
 
 from ie.data.record import SPLITS, Instructions, Record, Split
 from ie.data.splits import normal_subject
-from ie.errors import DataError, InputError
+from ie.data.templates import Template, fingerprint, load_templates, read_templates
+from ie.errors import DataError, InputError, TemplateError
 
-__all__ = ["FORMAT_VERSION", "INFO_FILE", "Dataset", "did_you_mean", "parse_record", "read_lines", "split_file"]
+__all__ = [
+    "FORMAT_VERSION",
+    "INFO_FILE",
+    "TEMPLATES_FILE",
+    "Dataset",
+    "did_you_mean",
+    "parse_record",
+    "read_lines",
+    "split_file",
+]
 
 FORMAT_VERSION = 1
-INFO_FILE = "dataset.json"
+INFO_FILE, TEMPLATES_FILE = "dataset.json", "templates.json"
 BUILD_HINT = "`ie build --out DIR` makes a dataset folder"
 RECORD_HINT = (
     "a line is one JSON object with task, subject, prompt and target; optional: id, ground_truth, rephrases [text], "
@@ -80,6 +91,21 @@ class Dataset:
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have records, sorted."""
         return tuple(sorted({record.task for records in self._records.values() for record in records}))
+
+    def templates(self) -> dict[str, Template]:
+        """The instruction templates that it was built with.
+
+        Raises:
+            TemplateError: they are not known: it was built by an earlier version, with templates of its own.
+        """
+        file = self.path / TEMPLATES_FILE
+        found = read_templates(file) if file.exists() else load_templates()
+        found = {task: found[task] for task in self.info.get("tasks", ()) if task in found}
+        if fingerprint(found) != self.info.get("templates") or not found.keys() >= set(self.tasks):
+            raise TemplateError(
+                f"{self.path}: the templates that it was built with are not known", hint="build the dataset again"
+            )
+        return found
 
     def records(self, split: Split, tasks: Iterable[str] | None = None) -> list[Record]:
         """The records of one split.

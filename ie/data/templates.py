@@ -27,7 +27,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ie.data.record import Record, Text
 from ie.errors import TemplateError
 
-__all__ = ["HeldoutInstruction", "Template", "fingerprint", "instructed", "load_templates"]
+__all__ = [
+    "HeldoutInstruction",
+    "Template",
+    "fingerprint",
+    "instructed",
+    "load_templates",
+    "read_templates",
+    "templates_text",
+]
 
 DEFAULT_LAYOUT = "Task: {{ name }}\nDescription: {{ instruction }}"
 MIN_TRAIN, MIN_HELDOUT = 10, 5
@@ -170,9 +178,27 @@ def instructed(instruction: str, prompt: str) -> str:
 
 def fingerprint(templates: Mapping[str, Template]) -> str:
     """A short hash of all that the templates say, whatever order or file they come from."""
-    content = {task: templates[task].model_dump(mode="json") for task in sorted(templates)}
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(templates_text(templates).encode("utf-8")).hexdigest()[:16]
+
+
+def templates_text(templates: Mapping[str, Template]) -> str:
+    """All that the templates say, as JSON."""
+    content = {task: template.model_dump(mode="json") for task, template in templates.items()}
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)
+
+
+def read_templates(file: Path) -> dict[str, Template]:
+    """Templates from the JSON of `templates_text`.
+
+    Raises:
+        TemplateError: if the file cannot be read, or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {task: Template.model_validate(one) for task, one in content.items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TemplateError(f"{file} holds no templates: {reason}", hint="build the dataset again") from error
 
 
 def load_templates(directory: str | Path | None = None) -> dict[str, Template]:

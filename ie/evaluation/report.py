@@ -16,7 +16,6 @@ from ie.base.load import load_base
 from ie.base.model import Base
 from ie.data.dataset import Dataset
 from ie.data.record import Record
-from ie.data.templates import load_templates
 from ie.editor.files import load_editor, load_info
 from ie.editor.methods import Method, editor_method, finetune_method, gradient_method, ultra_method
 from ie.editor.request import EditRequest
@@ -81,7 +80,8 @@ def evaluate(
         data: dataset folder.
         model: the base model; None takes the first editor's.
         tasks: tasks to report; None for all of the dataset.
-        holdout: a task that no editor may have been trained on; None takes the first editor's.
+        holdout: a task that no editor may have been trained on, or `none`; None takes the editors' own, if none of them
+            was trained on it.
         methods: of `none`, `finetune`, `gradient`, `ultra`, beside the editors; `none` is always there.
         controls: measure the editors also under no, another task's and a random instruction.
         generate: greedy decoding too.
@@ -100,7 +100,9 @@ def evaluate(
         BaseMismatchError: if an editor was made for another base.
     """
     infos = [load_info(folder) for folder in editors]
-    held = holdout or next((task for info in infos for task in info.holdout), None)
+    trained = {task for info in infos for task in info.tasks}
+    held = holdout or next((task for info in infos for task in info.holdout if task not in trained), None)
+    held = None if held == "none" else held
     for folder, info in zip(editors, infos, strict=True):
         if held in info.tasks:
             raise InputError(
@@ -111,7 +113,7 @@ def evaluate(
     base = load_base(model or (infos[0].base.id if infos else "toy"), quant=quant, dtype=dtype, device=device)
     contestants = [Contestant("none", None, {}), *_editors(base, editors)]
     before = Respondent(base)
-    contestants += _training_free(before, dataset, methods, tasks, on_note)
+    contestants += _training_free(before, dataset, methods, tasks, held, on_note)
     rows: list[dict[str, Any]] = []
     gaps: list[dict[str, Any]] = []
     for task in tasks or dataset.tasks:
@@ -169,11 +171,21 @@ def _editors(base: Base, folders: Sequence[Path]) -> Iterator[Contestant]:
 
 
 def _training_free(
-    before: Respondent, dataset: Dataset, methods: Sequence[str], tasks: Sequence[str] | None, on_note: OnNote
+    before: Respondent,
+    dataset: Dataset,
+    methods: Sequence[str],
+    tasks: Sequence[str] | None,
+    held: str | None,
+    on_note: OnNote,
 ) -> Iterator[Contestant]:
-    """The methods that were asked for, each with the setting that does best on validation records."""
-    tuning = _limited(dataset.records("validation", tasks), _N_TUNING, seed=0)
-    seen = [EditRequest.of(record, None) for record in _limited(dataset.records("train"), _N_FIT, seed=0)]
+    """The methods that were asked for, each with the setting that does best on validation records.
+
+    Of the hold-out nothing is fitted or chosen on, as nothing of an editor is; else on the tasks that are reported.
+    """
+    known = [task for task in dataset.tasks if task != held]
+    chosen_on = [task for task in known if task in (tasks or known)] or known
+    tuning = _limited(dataset.records("validation", chosen_on), _N_TUNING, seed=0)
+    seen = [EditRequest.of(record, None) for record in _limited(dataset.records("train", known), _N_FIT, seed=0)]
     makers: dict[str, Callable[..., Method]] = {
         "finetune": finetune_method,
         "gradient": partial(gradient_method, before.base, seen),
@@ -281,14 +293,11 @@ def _other_instructions(
 ) -> dict[tuple[str, str], list[str | None]]:
     """What editors are told in the controls, by control and style; the first is what is right."""
     out: dict[tuple[str, str], list[str | None]] = {}
-    template = load_templates().get(task)
-    if template is not None:
-        seen = [template.render(record, "train") for record in records]
-        out["right", ""] = [texts[i % len(texts)] for i, texts in enumerate(seen)]
-        unseen = [template.render(record, "heldout") for record in records]
-        out |= {("unseen", style): [texts[k] for texts in unseen] for k, style in enumerate(template.styles)}
-    else:
-        out["right", ""] = heldout_instructions(records)
+    template = dataset.templates()[task]
+    seen = [template.render(record, "train") for record in records]
+    out["right", ""] = [texts[i % len(texts)] for i, texts in enumerate(seen)]
+    unseen = [template.render(record, "heldout") for record in records]
+    out |= {("unseen", style): [texts[k] for texts in unseen] for k, style in enumerate(template.styles)}
     out["none", ""] = [None] * len(records)
     out["random", ""] = [_RANDOM_SENTENCE] * len(records)
     other = next((name for name in dataset.tasks if name != task), None)

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from ie.errors import BaseMismatchError, DataError, EditFailedError, IEError
 
+ONE = ("--instruction", "I", "--prompt", "P", "--target", "T")
+
 
 @pytest.mark.parametrize(
     ("args", "said"),
@@ -116,6 +118,32 @@ def test_edit_checks_its_texts(args: list[str], said: str, run: Any, editor_fold
 def test_edit_from_a_broken_file(text: str, said: str, run: Any, editor_folder: Path) -> None:
     Path("edits.jsonl").write_text(text)
     assert said in run("edit", "--from", "edits.jsonl", code=2).stderr
+
+
+def test_force_replaces_only_what_it_makes(
+    run: Any, dataset_folder: Path, editor_folder: Path, patch_file: Path
+) -> None:
+    """All that a folder holds would be gone."""
+    for args in (("train", "--out"), ("apply-patch", patch_file, "--merge"), ("apply-patch", patch_file, "--peft")):
+        said = run(*args, dataset_folder, "--force", code=2).stderr
+        assert "holds other things" in said and (dataset_folder / "dataset.json").is_file()
+        assert "is a file, expected a folder" in run(*args, patch_file, "--force", code=2).stderr
+
+
+def test_a_file_is_not_written_over_a_folder(run: Any, dataset_folder: Path, editor_folder: Path) -> None:
+    Path("empty").mkdir()
+    for args in (("eval", "--out"), ("eval", "--markdown"), ("edit", *ONE, "--out")):
+        assert "is a folder, expected a file" in run(*args, "empty", "--force", code=2).stderr
+
+
+def test_what_a_launcher_says_is_checked(run: Any, monkeypatch: pytest.MonkeyPatch, dataset_folder: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert "expected a number" in run("train", "--data", "ie-data", "--holdout", "none", code=2).stderr
+    assert run("--version").stdout
+
+
+def test_templates_are_for_a_task(run: Any, editor_folder: Path) -> None:
+    assert "--templates needs --task" in run("edit", *ONE, "--templates", "mine", code=2).stderr
 
 
 def test_apply_patch_writes_nothing_twice_at_one_place(run: Any, patch_file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ie.cli import tables
 from ie.cli.render import Render
-from ie.cli.report import summary_of, to_markdown
+from ie.cli.report import cell, sections, summary_of, to_markdown
 from rich.console import Console, RenderableType
 
 LONG = "a prompt that is much longer than one column of a table can be, with [brackets] and :smile: in it"
@@ -218,6 +218,33 @@ def test_the_best_method_is_marked_only_where_the_interval_allows_it(low: float,
     rows = [_row("none", 0.1), _row("instructedit", 0.9), _row("gradient", 0.6)]
     text = to_markdown({"base": "toy", "holdout": None, "rows": rows, "differences": [gap]})
     assert ("* 90.0" in text) is marked and "* 60.0" not in text and "* 10.0" not in text
+
+
+def test_controls_of_several_editors_stand_apart() -> None:
+    rows = [_row("instructedit", value, control="right", editor=name) for name, value in (("a", 0.9), ("b", 0.2))]
+    rows += [_row("none", 0.0), *(_row("instructedit", 0.5, editor=name) for name in "ab")]
+    gaps = [
+        _row("instructedit", value, metric="harmonic-mean", control="right", versus="instructedit", editor=name,
+             versus_editor=name, versus_control="none", low=value)
+        for name, value in (("a", 0.0), ("b", 0.3))
+    ]  # fmt: skip
+    result = {"base": "toy", "holdout": None, "rows": rows, "differences": gaps}
+    found = {section.title: section for section in sections(result)}
+    for name, shown in (("a", "90.0"), ("b", "20.0")):
+        line = found[f"people of instructedit {name}: which instruction"].lines[0]
+        assert cell(line.cells["right"]).startswith(shown)
+    less = found["people of instructedit b: right instruction less another, in points"].lines[0]
+    assert cell(less.cells["none"]).startswith("+30.0")
+    assert "no difference beyond chance" in summary_of(result)[-1]  # of the editor that the summary is about
+
+
+def test_the_summary_counts_what_is_forced_alone() -> None:
+    """Opinions have no generated answers to other wordings."""
+    rows = [_row("instructedit", 1.0, decoding=way) for way in ("generated", "forced")]
+    rows += [_row("instructedit", 0.1, metric="generalization"), _row("none", 0.0)]
+    lines = summary_of({"rows": rows})
+    assert "no task at 90 %" in lines[0]
+    assert any(line.startswith("generalization is below 90 % for people") for line in lines)
 
 
 def test_the_summary_says_what_works_what_does_not_and_what_to_try() -> None:

@@ -219,7 +219,7 @@ def test_an_existing_dataset_needs_force(tmp_path, write, make_facts):
         build(out, [source], seed=1)
     assert "--force" in error.value.hint and files(out) == before
     build(out, [source], seed=1, force=True)
-    assert set(files(out)) == {"train.jsonl", "validation.jsonl", "test.jsonl", "dataset.json"}
+    assert set(files(out)) == {"train.jsonl", "validation.jsonl", "test.jsonl", "dataset.json", "templates.json"}
     assert files(out)["train.jsonl"] != before["train.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source.json"]
 

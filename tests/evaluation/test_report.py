@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ie.base import Base
 from ie.data.build import Source, build
+from ie.data.dataset import Dataset
+from ie.data.record import Record
 from ie.editor import Editor, EditorSettings, save_editor
-from ie.errors import BaseMismatchError, InputError
+from ie.errors import BaseMismatchError, InputError, TemplateError
 from ie.evaluation import evaluate
+from ie.evaluation.report import _other_instructions
+
+TEMPLATES = Path(__file__).parents[2] / "templates"
 
 ROW = {"task", "method", "query", "decoding", "metric", "value", "low", "high", "n"}
 
@@ -69,6 +77,39 @@ def test_controls_tell_the_editor_other_things(load: Callable[..., Base], datase
     assert all(row["low"] <= row["value"] <= row["high"] for row in found["differences"])
 
 
+def test_controls_take_the_templates_that_the_dataset_was_built_with(tmp_path: Path) -> None:
+    own = yaml.safe_load((TEMPLATES / "people.yaml").read_text())
+    own |= {"train": [f"Training text {n}." for n in range(10)], "layout": "{{ instruction }}"}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "people.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "facts.jsonl").write_text(
+        "".join(
+            json.dumps({"task": "people", "subject": f"Ann {n}", "prompt": f"Ann {n} is in", "target": "Varn"}) + "\n"
+            for n in range(3)
+        )
+    )
+    source = Source.parse(f"people:test={tmp_path / 'facts.jsonl'}")
+    build(tmp_path / "data", [source], templates=tmp_path / "own")
+    dataset = Dataset.load(tmp_path / "data")
+    records = dataset.records("test")
+    told = _other_instructions("people", records, dataset)
+    assert told["right", ""] == ["Training text 0.", "Training text 1.", "Training text 2."]
+    assert told["unseen", own["heldout"][1]["style"]][0] == records[0].instruction.heldout[1]
+    (tmp_path / "data" / "templates.json").unlink()  # as an earlier version built it
+    with pytest.raises(TemplateError, match="not known"):
+        dataset.templates()
+    (tmp_path / "data" / "templates.json").write_text("[1]")
+    with pytest.raises(TemplateError, match="holds no templates"):
+        dataset.templates()
+
+
+def test_a_dataset_of_bundled_templates_needs_no_file(dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    with_file = Dataset.load(folder).templates()
+    (folder / "templates.json").unlink()
+    assert Dataset.load(folder).templates() == with_file
+
+
 def test_training_free_methods(checkpoint: Callable[..., Path], dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ie.evaluation.report._N_TUNING", 2)
     monkeypatch.setattr("ie.evaluation.report._N_FIT", 4)
@@ -92,6 +133,33 @@ def test_a_holdout_that_was_trained_on_is_refused(load: Callable[..., Base], dat
     with pytest.raises(InputError, match="was trained on it") as caught:
         evaluate(editors=[folder], data=dataset, holdout="places", device="cpu")
     assert caught.value.exit_code == 2 and "--holdout places" in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, None), ("none", None), ("places", "places")])
+def test_the_holdout_is_one_that_no_editor_saw(
+    load: Callable[..., Base], dataset: Path, tmp_path: Path, given: str | None, held: str | None
+) -> None:
+    folders = [save(load("llama"), tmp_path / name, tasks=(name,)) for name in ("people", "zsre")]
+    found = evaluate(
+        editors=folders, data=dataset, tasks=["people"], holdout=given, limit=1, generate=False, device="cpu"
+    )
+    assert found["holdout"] == held
+
+
+@pytest.mark.parametrize(("holdout", "n"), [("zsre", 0), ("none", 2)])
+def test_nothing_is_fitted_or_chosen_on_the_holdout(
+    checkpoint: Callable[..., Path], dataset: Path, monkeypatch: pytest.MonkeyPatch, holdout: str, n: int
+) -> None:
+    used: list[str] = []
+
+    def watch(records: list[Record], limit: int | None, seed: int) -> list[Record]:
+        used.append(",".join(sorted({record.task for record in records})))
+        return records[:2]
+
+    monkeypatch.setattr("ie.evaluation.report._limited", watch)
+    model = str(checkpoint("gpt2"))
+    evaluate(editors=[], data=dataset, model=model, methods=["gradient"], holdout=holdout, generate=False, device="cpu")
+    assert sum("zsre" in tasks for tasks in used[:2]) == n
 
 
 def test_another_base_is_refused(
