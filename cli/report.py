@@ -154,7 +154,7 @@ def cell(row: Row | None, *, stacked: bool = False, best: bool = False) -> str:
     if row.get("low") is None or row.get("high") is None:
         return value
     between = "\n" if stacked else " "
-    to = " to " if row.get("signed") else "-"
+    to = "-" if not row.get("signed") else ".." if stacked else " to "
     return f"{value}{between}({row['low'] * factor:.0f}{to}{row['high'] * factor:.0f})"
 
 

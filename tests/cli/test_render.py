@@ -238,6 +238,21 @@ def test_controls_of_several_editors_stand_apart() -> None:
     assert "no difference beyond chance" in summary_of(result)[-1]  # of the editor that the summary is about
 
 
+def test_differences_asked_in_four_ways_fold_no_word(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = [(query, way) for query in ("plain", "instructed") for way in ("generated", "forced")]
+    gaps = [
+        _row("instructedit", -0.123, metric=metric, query=query, decoding=way, control="right", versus="instructedit",
+             versus_control="wrong-task", low=-0.2, high=-0.1, n=150)
+        for metric in ("generalization", "locality-known") for query, way in ways
+    ]  # fmt: skip
+    rows = [_row("instructedit", 0.5, control="right"), _row("instructedit", 0.5)]
+    Render().result({}, *tables.eval_view({"base": "toy", "rows": rows, "differences": gaps}))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "generalization  wrong-task  150" in said and "locality-known  wrong-task  150" in said
+    assert "(-20..-10)" in said
+
+
 def test_the_summary_counts_what_is_forced_alone() -> None:
     """Opinions have no generated answers to other wordings."""
     rows = [_row("instructedit", 1.0, decoding=way) for way in ("generated", "forced")]
