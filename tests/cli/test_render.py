@@ -242,8 +242,8 @@ def test_differences_asked_in_four_ways_fold_no_word(capsys: pytest.CaptureFixtu
     ways = [(query, way) for query in ("plain", "instructed") for way in ("generated", "forced")]
     gaps = [
         _row("instructedit", -0.123, metric=metric, query=query, decoding=way, control="right", versus="instructedit",
-             versus_control="wrong-task", low=-0.2, high=-0.1, n=150)
-        for metric in ("generalization", "locality-known") for query, way in ways
+             versus_control=other, low=-0.2, high=-0.1, n=150)
+        for other in ("none", "wrong-task", "random") for metric in ("generalization", "locality-known") for query, way in ways
     ]  # fmt: skip
     rows = [_row("instructedit", 0.5, control="right"), _row("instructedit", 0.5)]
     Render().result({}, *tables.eval_view({"base": "toy", "rows": rows, "differences": gaps}))
