@@ -243,7 +243,8 @@ def test_differences_asked_in_four_ways_fold_no_word(capsys: pytest.CaptureFixtu
     gaps = [
         _row("instructedit", -0.123, metric=metric, query=query, decoding=way, control="right", versus="instructedit",
              versus_control=other, low=-0.2, high=-0.1, n=150)
-        for other in ("none", "wrong-task", "random") for metric in ("generalization", "locality-known") for query, way in ways
+        for other in ("none", "wrong-task", "random") for metric in ("generalization", "locality-known")
+        for query, way in ways
     ]  # fmt: skip
     rows = [_row("instructedit", 0.5, control="right"), _row("instructedit", 0.5)]
     Render().result({}, *tables.eval_view({"base": "toy", "rows": rows, "differences": gaps}))
