@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,8 +62,8 @@ def apply_patch(
             if place is not None:
                 check_new_folder(place, marker, force=force, flag=flag)
         places = [place.resolve() for place in (out, merge, peft) if place is not None]
-        if len(set(places)) < len(places):
-            raise InputError("--out, --merge and --peft need places of their own")
+        if any(one.is_relative_to(other) for one, other in permutations(places, 2)):  # a folder is replaced whole
+            raise InputError("--out, --merge and --peft need places of their own, none below another")
 
         from ie.patch.apply import apply_patch as apply
 
@@ -76,7 +77,10 @@ def apply_patch(
         for one in result["disturbed"]:
             render.note(f"warning: {one['patch']} ({one['prompt']!r}) takes alone, but not beside {_company(one)}")
         if result["took"] is False:
-            raise EditFailedError("the edit does not take on this base", hint="`ie inspect` shows what it was made for")
+            edits = [one for entry in result["patches"] for one in entry.get("edits", [entry])]
+            n_failed = sum(one["took"] is False for one in edits)
+            many = f"{n_failed} of {len(edits)} edits do" if len(edits) > 1 else "the edit does"
+            raise EditFailedError(f"{many} not take on this base", hint="`ie inspect` shows what was asked for")
 
 
 def _company(disturbed: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .files import check_new
+from .files import check_new, check_new_folder
 from .options import Debug, Force, Json, Quiet, Seed
 from .render import reporting
 
@@ -33,6 +33,7 @@ def demo(
     with reporting(json=json, quiet=quiet, debug=debug) as render:
         if out is not None:
             check_new(out, force=force)
+            check_new_folder(out / "ie-editor", "editor.json", force=force)
 
         from ie.demo import run
 

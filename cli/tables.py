@@ -217,13 +217,19 @@ def apply_view(result: Json) -> View:
         parts += [table, _GAP]
     facts = {
         "patches": list(dict.fromkeys(entry["patch"] for entry in result["patches"])),
-        "took": result["took"],
+        "took": _took(result),
         "stacked": _file(result["out"]),
         "merged": _checkpoint(result["merged"]),
         "peft adapter": result["peft"],
         **{one["server"]: one["flags"] if one["takes"] else f"no: {one['reason']}" for one in result["checks"]},
     }
     return [*parts, _facts(None, facts)]
+
+
+def _took(result: Json) -> object:
+    """Whether the edits take; of joint ones how many do."""
+    edits = [one for entry in result["patches"] for one in entry.get("edits", ())]
+    return f"{sum(one['took'] for one in edits)} of {len(edits)} joint edits" if edits else result["took"]
 
 
 def _file(written: Json | None) -> str | None:
@@ -375,6 +381,7 @@ def plan_view(result: Json) -> View:
     """The settings of a training, what it edits, and what it needs."""
     plan = {key: result[key] for key in ("device", "dtype", "quant", "reason")}
     plan["edit targets"] = result["targets"]
-    plan["time (rough estimate)"] = f"{result['seconds_estimate'] / 60:.0f} minutes"
+    seconds = result["seconds_estimate"]
+    plan["time (rough estimate)"] = "not known here" if seconds is None else f"{seconds / 60:.0f} minutes"
     return [_facts("Configuration", result["config"]), _GAP, _facts("Will be used", plan), _GAP,
             _memory(result["memory_estimate"])]  # fmt: skip

@@ -154,6 +154,7 @@ def train(
             _show_plan(render, values)
             return
         if resume:
+            check_new_folder(out, "editor.json", force=True)
             values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
         else:
             check_model(model)

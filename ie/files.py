@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ie.errors import InputError
@@ -77,7 +77,8 @@ def _writing(out: Path, fresh: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if fresh is not None and error.filename is not None and not Path(error.filename).is_relative_to(fresh):
+        names = [name for name in (error.filename, error.filename2) if name is not None]
+        if fresh is not None and names and not any(Path(name).is_relative_to(fresh) for name in names):
             raise
         raise InputError(
             f"{out} cannot be written: {error.strerror or error}", hint="choose a place that can be written"
@@ -86,11 +87,12 @@ def _writing(out: Path, fresh: Path | None = None) -> Iterator[None]:
 
 def _to_disk(path: Path) -> None:
     """Have a file's or a folder's content on the disk: after a power cut a name must not stand for an empty file."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError) if path.is_dir() else nullcontext():  # not every file system can do that for a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _sibling(place: Path, kind: str) -> Path:

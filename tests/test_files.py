@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,28 @@ def test_an_error_of_another_file_is_not_the_outputs(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="elsewhere"), make(tmp_path / "out"):
             (tmp_path / "elsewhere").read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_copying_is_the_outputs(tmp_path: Path) -> None:
+    """`shutil` names the source first."""
+    with pytest.raises(InputError, match="cannot be written: No space"), new_folder(tmp_path / "out") as fresh:
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere", None, str(fresh / "copy"))
+
+
+def test_a_folder_that_cannot_be_synced_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def refuse_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with new_folder(tmp_path / "out") as fresh:
+        (fresh / "file").write_text("x")
+    assert (tmp_path / "out" / "file").read_text() == "x"
 
 
 def test_nothing_written_is_an_input_error(tmp_path: Path) -> None:

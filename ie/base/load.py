@@ -18,7 +18,7 @@ from ie.base.model import Base
 from ie.base.plan import Plan, plan_load, resolve_folder
 from ie.base.precision import with_faster_dtype
 from ie.base.suffix import Decoder
-from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets
+from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets, module_shape
 from ie.errors import InputError, ModelError
 
 __all__ = ["load_base"]
@@ -106,7 +106,7 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
         folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model: PreTrainedModel = loaded[0]
-    _check_complete(folder, loaded[1])
+    _check_complete(folder, model, loaded[1])
     if plan.quant == "8bit":
         multiply_in_own_dtype(model)
     for module in model.modules():
@@ -116,15 +116,28 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
     return model
 
 
-def _check_complete(folder: Path, info: Any) -> None:
+def _check_complete(folder: Path, model: PreTrainedModel, info: Any) -> None:
     """Refuse a checkpoint that lacks weights of its own architecture: transformers would draw them at random."""
-    wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    of_another_shape = [name for name, *_ in info["mismatched_keys"]]
+    wrong = sorted({*info["missing_keys"], *of_another_shape, *_misshapen(model)})
     if wrong:
         more = f" and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""
         raise ModelError(
             f"{folder} has no weights, or some of another shape, for {', '.join(wrong[:_MAX_SHOWN])}{more}",
             hint="Its config.json and its weights are not of one model, or a file is missing.",
         )
+
+
+def _misshapen(model: PreTrainedModel) -> list[str]:
+    """Weights of quantised modules that are not of their module's shape, which transformers doesn't see."""
+    found = []
+    for name, module in model.named_modules():
+        weight, shape = getattr(module, "weight", None), module_shape(module)
+        packed = getattr(weight, "quant_state", None)  # of 4 bits
+        stored = tuple(packed.shape if packed is not None else getattr(weight, "shape", ()))
+        if shape is not None and stored not in (shape, shape[::-1]):
+            found.append(f"{name}.weight")
+    return found
 
 
 def _quiet() -> None:

@@ -201,7 +201,8 @@ class Base:
         Prompts are padded on the left, as decoding needs it; where prompt and continuation would be longer than the
         base reads, the prompt loses tokens from its front. `through_end` bars end-of-text tokens.
         """
-        room = max(1, self.max_length - n_tokens)
+        n_tokens = min(n_tokens, self.max_length - 1)
+        room = self.max_length - n_tokens
         prompts = [text.ids[: text.n_prompt][-room:] for text in texts]
         width = max(map(len, prompts))
         ids = torch.tensor([[*[self.pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])

@@ -93,7 +93,10 @@ class Template(BaseModel):
         """
         try:
             before, _, behind = _lay_out(self, _MARK, {}).partition(_MARK)
-            return _lay_out(self, instruction.strip().removeprefix(before).removesuffix(behind), {})
+            bare = instruction.strip()
+            if before and bare.startswith(before) and bare.endswith(behind):
+                bare = bare.removeprefix(before).removesuffix(behind)
+            return _lay_out(self, bare, {})
         except RENDER_ERRORS as error:
             raise TemplateError(f"{self.task}.yaml, field `layout`: {error} (of no record)") from error
 

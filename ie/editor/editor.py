@@ -213,7 +213,7 @@ class Editor(nn.Module):
         if not sum(found).isfinite():  # type: ignore[union-attr]
             raise IEError(
                 "the gradient of training is not finite",
-                hint="take a lower rate or learning_rate, or --dtype float32; --resume goes on from a checkpoint",
+                hint="train anew with a lower rate or learning_rate, or with --dtype float32",
             )
 
     def sizes(self, signals: Signals) -> Tensor:

@@ -96,7 +96,8 @@ def evaluate(
         The JSON object of `ie eval`.
 
     Raises:
-        InputError: if an editor was trained on the hold-out, or there is nothing to measure, or to choose settings on.
+        InputError: if an editor was trained on the hold-out, there is nothing to measure, or to choose settings on, or
+            `controls` need templates that are not known.
         BaseMismatchError: if an editor was made for another base.
     """
     infos = [load_info(folder) for folder in editors]
@@ -110,6 +111,8 @@ def evaluate(
                 hint=f"train one without it: `ie train --holdout {held} --out DIR`",
             )
     dataset = Dataset.load(data)
+    if controls:
+        dataset.templates()  # not after minutes, if they aren't known
     base = load_base(model or (infos[0].base.id if infos else "toy"), quant=quant, dtype=dtype, device=device)
     contestants = [Contestant("none", None, {}), *_editors(base, editors)]
     before = Respondent(base)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ie.servers import check_server
 
 __all__ = ["apply_patch"]
 
-_LEAST_KEPT = 0.5  # of an update that can't be asked: below, rounding has eaten it
+_LEAST_KEPT = 0.5  # of a part's edits that take, or of an update that can't be asked: below, rounding has eaten it
 _CHUNK = 32
 
 
@@ -76,9 +77,19 @@ def apply_patch(
     parts = [part for path, patch in zip(patches, checked, strict=True) for part in split(patch, path, scale)]
     parts = without(parts, leave_out)
     update = stack([part.update for part in parts])
-    result = _asked(base, parts, update, prompts)
-    entries = result["patches"]
-    parts = [_seen(part, entry, len(parts) == 1) for part, entry in zip(parts, entries, strict=True)]
+    given = _answers(base, parts, update)
+    entries = [_entry(part, answered) for part, answered in zip(parts, given, strict=True)]
+    known = [entry["took"] for entry in entries if entry["took"] is not None]
+    result: dict[str, Any] = {
+        "patches": entries,
+        "took": all(known) if known else None,
+        "disturbed": _disturbed(base, parts, entries),
+        "previews": _previews(base, entries, update, prompts),
+        "out": None,
+        "merged": None,
+        "peft": None,
+    }
+    parts = [_seen(part, answered, len(parts) == 1) for part, answered in zip(parts, given, strict=True)]
     if out is not None:
         made = stacked(parts, base, [entry["took"] for entry in entries])
         result["out"] = {"path": str(out), "bytes": made.save(out), "edits": len(parts)}
@@ -89,109 +100,142 @@ def apply_patch(
     result["checks"] = [check_server(one, str(kind), rank, list(update), str(peft or "ADAPTER")) for one in servers]
     if merge is not None:
         compute = str(base.model.dtype).removeprefix("torch.")
-        own = [ask for part in parts for ask in part.asks]
-        asks = [(ask, matches(one["after"], ask.answer)) for ask, one in zip(own, result["previews"], strict=False)]
         del base  # before the merged model is loaded: never two models in memory
         gc.collect()
-        check = _MergeCheck(asks, compute, device, force)
+        check = _MergeCheck(given, compute, device, force)
         merge_checkpoint(folder, update, merge, dtype=None if dtype == "auto" else dtype, verify=check)
         result["merged"] = {"path": str(merge), **check.found}
     return result
 
 
-def _asked(base: Base, parts: Sequence[Part], update: Update, prompts: Sequence[str]) -> dict[str, Any]:
-    """The edits' own questions and the prompts given, without and with the edits; who disturbs whom."""
-    own = [replace(ask, edit=i) for i, part in enumerate(parts) for ask in part.asks]
-    previews = [*own, *(Ask(prompt, "") for prompt in prompts)]
-    before, after = answers(base, previews), answers(base, previews, on_device(base, update))
-    together = [matches(new, ask.answer) for ask, new in zip(own, after, strict=False)]
-    alone = _alone(base, own, parts) if len(parts) > 1 else together
-    entries: list[dict[str, Any]] = []
-    for i, part in enumerate(parts):
-        mine = [k for k, ask in enumerate(own) if ask.edit == i]
-        single = part.info.prompt is not None and bool(mine)
-        entries.append(
-            {
-                "patch": str(part.path),
-                "name": part.name,
-                "prompt": part.info.prompt,
-                "target": part.info.target,
-                "before": before[mine[0]] if single else None,
-                "after": after[mine[0]] if single else None,
-                "took": all(together[k] for k in mine) if mine else None,
-                "took_alone": all(alone[k] for k in mine) if mine else None,
-            }
-        )
-    disturbed = [
-        i for i, entry in enumerate(entries) if entry["after"] is not None and entry["took_alone"] and not entry["took"]
-    ]
-    known = [entry["took"] for entry in entries if entry["took"] is not None]
-    return {
-        "patches": entries,
-        "took": all(known) if known else None,
-        "disturbed": [
-            {
-                "number": one.edit + 1,
-                "patch": parts[one.edit].name,
-                "prompt": parts[one.edit].info.prompt,
-                "by": [parts[j].name for j in one.by],
-                "by_numbers": [j + 1 for j in one.by],
-                "most_by": parts[one.most_by].name,
-            }
-            for one in disturbances(base, parts, disturbed)
-        ],
-        "previews": [
-            {"prompt": ask.prompt, "before": old, "after": new}
-            for ask, old, new in zip(previews, before, after, strict=True)
-        ],
-        "out": None,
-        "merged": None,
-        "peft": None,
+@dataclass(frozen=True)
+class _Answer:
+    """What a question of an edit is answered without and with all edits, and whether that is its target; `alone` is
+    whether it is under the edit's own patch.
+    """
+
+    ask: Ask
+    before: str
+    after: str
+    took: bool
+    alone: bool
+
+
+def _answers(base: Base, parts: Sequence[Part], update: Update) -> list[list[_Answer]]:
+    """Of each part the answers to its questions."""
+    asks = [ask for part in parts for ask in part.asks]
+    before, after = answers(base, asks), answers(base, asks, on_device(base, update))
+    took = [matches(new, ask.answer) for ask, new in zip(asks, after, strict=True)]
+    alone = _alone(base, parts) if len(parts) > 1 else took
+    seen = map(_Answer, asks, before, after, took, alone)
+    return [list(islice(seen, len(part.asks))) for part in parts]
+
+
+def _alone(base: Base, parts: Sequence[Part]) -> list[bool]:
+    """Of each of the parts' questions, whether it is answered by its target under its own part."""
+    found: list[list[bool]] = [[] for _ in parts]
+    singles = [i for i, part in enumerate(parts) if len(part.asks) == 1]
+    many = [i for i, part in enumerate(parts) if len(part.asks) > 1]  # of large rank: not beside small ones
+    for chunk in [*(singles[start : start + _CHUNK] for start in range(0, len(singles), _CHUNK)), *([i] for i in many)]:
+        update = on_device(base, side_by_side([parts[i].update for i in chunk]))
+        asks = [replace(ask, edit=k) for k, i in enumerate(chunk) for ask in parts[i].asks]
+        for ask, new in zip(asks, answers(base, asks, update), strict=True):
+            found[chunk[ask.edit]].append(matches(new, ask.answer))
+    return [took for one in found for took in one]
+
+
+def _entry(part: Part, answered: Sequence[_Answer]) -> dict[str, Any]:
+    """What is said of a part; of a joint patch also what is said of each of its edits."""
+    joint = part.info.is_joint
+    single = answered[0] if answered and not joint else None
+    entry: dict[str, Any] = {
+        "patch": str(part.path),
+        "name": part.name,
+        "prompt": part.info.prompt,
+        "target": part.info.target,
+        "before": single and single.before,
+        "after": single and single.after,
+        "took": all(one.took for one in answered) if answered else None,
+        "took_alone": all(one.alone for one in answered) if answered else None,
     }
+    if joint:
+        entry["edits"] = [
+            {"prompt": one.ask.prompt, "target": one.ask.answer, **_shown(one), "took": one.took} for one in answered
+        ]
+    return entry
 
 
-def _alone(base: Base, own: Sequence[Ask], parts: Sequence[Part]) -> list[bool]:
-    """Of each of the edits' questions, whether its edit answers it by itself."""
-    took = []
-    for start in range(0, len(own), _CHUNK):
-        chunk = own[start : start + _CHUNK]
-        asked = sorted({ask.edit for ask in chunk})
-        asks = [replace(ask, edit=asked.index(ask.edit)) for ask in chunk]
-        update = on_device(base, side_by_side([parts[i].update for i in asked]))
-        took += [matches(new, ask.answer) for ask, new in zip(asks, answers(base, asks, update), strict=True)]
-    return took
+def _shown(one: _Answer) -> dict[str, str]:
+    return {"before": one.before, "after": one.after}
 
 
-def _seen(part: Part, entry: dict[str, Any], alone: bool) -> Part:
+def _disturbed(base: Base, parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Single edits that take alone and not beside the others, and who disturbs them."""
+    which = [i for i, one in enumerate(entries) if "edits" not in one and one["took_alone"] and not one["took"]]
+    return [
+        {
+            "number": one.edit + 1,
+            "patch": parts[one.edit].name,
+            "prompt": parts[one.edit].info.prompt,
+            "by": [parts[j].name for j in one.by],
+            "by_numbers": [j + 1 for j in one.by],
+            "most_by": parts[one.most_by].name,
+        }
+        for one in disturbances(base, parts, which)
+    ]
+
+
+def _previews(
+    base: Base, entries: Sequence[dict[str, Any]], update: Update, prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The single edits' own prompts and those given, without and with the edits."""
+    asks = [Ask(prompt, "") for prompt in prompts]
+    before, after = answers(base, asks), answers(base, asks, on_device(base, update))
+    own = [{key: one[key] for key in ("prompt", "before", "after")} for one in entries if one["after"] is not None]
+    given = zip(prompts, before, after, strict=True)
+    return [*own, *({"prompt": prompt, "before": old, "after": new} for prompt, old, new in given)]
+
+
+def _seen(part: Part, answered: Sequence[_Answer], alone: bool) -> Part:
     """An edit of another strength than its file's, of which nothing was known, with what was seen of it now."""
-    if part.info.took is not None or entry["took"] is None:
+    info = part.info
+    if info.took is not None or not answered:
         return part
-    seen = {"before": entry["before"], "after": entry["after"] if alone else None, "took": entry["took_alone"]}
-    return replace(part, info=part.info.model_copy(update=seen))
+
+    def seen(one: _Answer) -> dict[str, Any]:
+        return {"before": one.before, "after": one.after if alone else None, "took": one.alone}
+
+    if info.is_joint:
+        parents = tuple(
+            parent.model_copy(update={"took": one.took, "info": parent.info.model_copy(update=seen(one))})
+            for parent, one in zip(info.parents, answered, strict=True)
+        )
+        changes = {"took": all(one.alone for one in answered), "parents": parents}
+    else:
+        changes = seen(answered[0])
+    return replace(part, info=info.model_copy(update=changes))
 
 
 class _MergeCheck:
     """Loads what was written and asks it: rounding can eat a small edit.
 
     Args:
-        asks: the edits' questions, and whether each takes when applied.
+        given: of each part the answers to its questions, as applied.
         compute: the dtype to compute in, that of the base before.
         device: where to.
         force: let it pass.
     """
 
-    def __init__(self, asks: Sequence[tuple[Ask, bool]], compute: str, device: str, force: bool) -> None:
-        self.asks, self.compute, self.device, self.force = asks, compute, device, force
+    def __init__(self, given: Sequence[Sequence[_Answer]], compute: str, device: str, force: bool) -> None:
+        self.given, self.compute, self.device, self.force = given, compute, device, force
         self.found: dict[str, Any] = {}
 
     def __call__(self, folder: Path, merged: Merged) -> None:
-        merged_base = load_base(str(folder), dtype=self.compute, quant="none", device=self.device)
-        after = answers(merged_base, [ask for ask, _ in self.asks])
-        took = [matches(new, ask.answer) for (ask, _), new in zip(self.asks, after, strict=True)]
-        lost = [
-            (ask, new) for (ask, before), now, new in zip(self.asks, took, after, strict=True) if before and not now
-        ]
-        eaten = bool(lost) if self.asks else merged.kept < _LEAST_KEPT
+        asks = [one.ask for part in self.given for one in part]
+        after = answers(load_base(str(folder), dtype=self.compute, quant="none", device=self.device), asks)
+        took = [matches(new, ask.answer) for ask, new in zip(asks, after, strict=True)]
+        seen = zip(took, after, strict=True)
+        lost = [self._lost(part, list(islice(seen, len(part)))) for part in self.given]
         self.found = {
             "dtype": merged.dtype,
             "kept": merged.kept,
@@ -199,9 +243,20 @@ class _MergeCheck:
             "answers": after,
             "n_tensors": merged.n_tensors,
         }
+        eaten = any(lost) if asks else merged.kept < _LEAST_KEPT
         if eaten and not self.force:
-            example = f": {lost[0][0].prompt!r} gives {lost[0][1]!r}, expected {lost[0][0].answer!r}" if lost else ""
+            example = next(filter(None, lost), "")
             raise EditFailedError(
                 f"rounding to {merged.dtype} leaves {merged.kept:.0%} of the edit, and it is lost{example}",
                 hint="`--dtype float32` keeps it; `--force` writes the checkpoint all the same",
             )
+
+    @staticmethod
+    def _lost(part: Sequence[_Answer], now: Sequence[tuple[bool, str]]) -> str:
+        """An example, where less than half of what took still does: of a single edit that is itself."""
+        before = [(one, took, new) for one, (took, new) in zip(part, now, strict=True) if one.took]
+        gone = [(one, new) for one, took, new in before if not took]
+        if len(before) - len(gone) >= _LEAST_KEPT * len(before):
+            return ""
+        one, new = gone[0]
+        return f": {one.ask.prompt!r} gives {new!r}, expected {one.ask.answer!r}"

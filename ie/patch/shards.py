@@ -166,8 +166,10 @@ def _convert(reader: BinaryIO, writer: BinaryIO, key: str, span: Span, to: str) 
     left = (span.end - span.begin) // _DTYPES[span.dtype].itemsize
     while left:
         n_values = min(left, _BLOCK_VALUES)
-        values = _read(reader, n_values, span.dtype).to(_DTYPES[to])
-        _check_finite(values, key, to)
+        old = _read(reader, n_values, span.dtype)
+        values = old.to(_DTYPES[to])
+        if span.shape:  # a lone number, as of a mask, may well be infinite
+            _check_finite(values[old.isfinite()], key, to)
         writer.write(_bytes(values))
         left -= n_values
 

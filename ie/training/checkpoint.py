@@ -30,7 +30,7 @@ from ie.files import new_folder
 
 __all__ = ["Checkpoint", "checkpoints", "discard_leftovers", "newest_checkpoint", "training_folder", "write_checkpoint"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the base's quantisation; no best editor without validation
 TENSORS, VALUES = "state.safetensors", "state.json"
 _N_KEPT = 2
 
@@ -129,6 +129,8 @@ def _read(place: Path) -> Checkpoint:
             f"{place} has format version {document['format_version']}, this ie reads up to {FORMAT_VERSION}",
             hint="upgrade instructedit",
         )
+    if document["format_version"] < FORMAT_VERSION:
+        raise ValueError("it was written by an earlier ie")
     if _digest(place / TENSORS) != document["sha256"]:
         raise ValueError(f"{TENSORS} is not as it was written")
     return Checkpoint(document["step"], load_file(place / TENSORS), document["values"])

@@ -253,7 +253,8 @@ class Run:
         if joint:
             episodes = consistent(episodes, batch, 1)
         elif self.rng.random() < self.settings.stacked_share:
-            n_stacks = -(-len(batch) // _STACK)
+            n = self.processes.n
+            n_stacks = -(-len(batch) // (_STACK * n)) * n  # as many in each process
             episodes = replace(consistent(episodes, batch, n_stacks), n_stacks=n_stacks)
         self.optimiser.zero_grad(set_to_none=True)
         own = share(episodes, self.processes)

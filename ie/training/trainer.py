@@ -21,7 +21,7 @@ from ie.base.model import Base
 from ie.base.plan import plan_load
 from ie.data.dataset import Dataset
 from ie.editor.editor import JOINT
-from ie.errors import InputError
+from ie.errors import IEError, InputError
 from ie.training.checkpoint import Checkpoint, checkpoints, discard_leftovers, newest_checkpoint, training_folder
 from ie.training.distributed import Processes, joined
 from ie.training.events import Event, OnEvent
@@ -53,7 +53,8 @@ def train(settings: TrainSettings, *, on_event: OnEvent = lambda event: None) ->
         InputError: if the dataset has no record to train on, `resume` finds a run that it cannot go on with, or another
             process trains an editor for the same folder.
         BaseMismatchError: if `resume` finds a run for another base model.
-        KeyboardInterrupt: after a checkpoint and the best editor so far have been written.
+        IEError: if a gradient is not finite, after the best editor so far (without validation the last) was written.
+        KeyboardInterrupt: after a checkpoint and that editor have been written.
     """
     check_tracker(settings.report_to)
     with joined(settings.device) as processes:
@@ -126,16 +127,19 @@ def _run(
     run.open()
     try:
         run.steps()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, IEError) as error:
         if run.best is None and not run.n_steps_done:
             raise
         run.finish()
-        said = f"the {'best' if run.best else 'last'} editor so far is in {settings.out}"
+        said = f"the {'last' if run.best is None else 'best'} editor so far is in {settings.out}"
+        if isinstance(error, IEError):
+            on_event(Event("note", said))
+            raise
         if checkpoints(training_folder(settings.out)):
             said += "; `ie train --resume` goes on from the last checkpoint"
         elif processes.is_first:
             shutil.rmtree(training_folder(settings.out), ignore_errors=True)
-        raise KeyboardInterrupt(said) from None
+        raise KeyboardInterrupt(*([said] if processes.is_first else [])) from None
     result = run.finish()
     if processes.is_first:
         shutil.rmtree(training_folder(settings.out), ignore_errors=True)

@@ -115,6 +115,7 @@ def test_a_prompt_of_full_length_leaves_room_for_its_answer(load: Callable[..., 
     assert len(base.encode(ask.prompt, awaited).ids) == base.max_length == 256
     assert len(answers(base, [ask])) == 1
     assert len(continuations(base, [ask], 32)[0]) == 32
+    assert len(continuations(base, [ask], 300)[0]) == base.max_length - 1
 
 
 def test_answers_are_greedy_and_end_with_the_line(load: Callable[..., Base]) -> None:

@@ -130,6 +130,12 @@ def test_force_replaces_only_what_it_makes(
         assert "is a file, expected a folder" in run(*args, patch_file, "--force", code=2).stderr
 
 
+def test_resume_and_demo_replace_no_other_folder(run: Any, dataset_folder: Path) -> None:
+    assert "holds other things" in run("train", "--out", "ie-data", "--resume", code=2).stderr
+    dataset_folder.rename("ie-editor")
+    assert "holds other things" in run("demo", "--out", ".", "--force", code=2).stderr
+
+
 def test_a_file_is_not_written_over_a_folder(run: Any, dataset_folder: Path, editor_folder: Path) -> None:
     Path("empty").mkdir()
     for args in (("eval", "--out"), ("eval", "--markdown"), ("edit", *ONE, "--out")):
@@ -149,6 +155,8 @@ def test_templates_are_for_a_task(run: Any, editor_folder: Path) -> None:
 def test_apply_patch_writes_nothing_twice_at_one_place(run: Any, patch_file: Path) -> None:
     said = run("apply-patch", patch_file, "--merge", "made", "--peft", "./made", code=2).stderr
     assert "places of their own" in said and not Path("made").exists()
+    said = run("apply-patch", patch_file, "--out", "made/p.safetensors", "--merge", "made", code=2).stderr
+    assert "none below another" in said  # a merge replaces its whole folder
 
 
 def test_apply_patch_refuses_a_truncated_patch(run: Any, patch_file: Path) -> None:

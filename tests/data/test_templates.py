@@ -70,6 +70,8 @@ def test_an_instruction_of_a_users_own_gets_the_tasks_layout(load):
     assert found.laid_out(f"{found.laid_out('Do this.')}\n") == found.laid_out("Do this.")
     marked = load(template(layout="<{{ name }}> {{ instruction }} <end>"))["demo"]
     assert marked.laid_out(marked.laid_out("Do this.")) == marked.laid_out("Do this.")
+    dotted = load(template(layout="{{ instruction }}."))["demo"]
+    assert dotted.laid_out("Do this.") == "Do this.."  # nothing stands before it by which it could be known
     of_records = load(template(layout="{{ subject }}: {{ instruction }}"))["demo"]
     with pytest.raises(TemplateError, match=r"demo\.yaml, field `layout`"):
         of_records.laid_out("Do this.")

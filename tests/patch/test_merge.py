@@ -177,6 +177,16 @@ def test_what_overflows_is_refused(load: Callable[..., Base], checkpoint: Callab
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lone_number_or_one_that_was_infinite_is_no_overflow(tmp_path: Path) -> None:
+    """As old exports hold them for masks."""
+    tensors = {"mask": torch.tensor(-1e9), "bias": torch.tensor([-torch.inf, 1.0]), "w": torch.ones(4, 3)}
+    save_file(tensors, tmp_path / "in")
+    rewrite(tmp_path / "in", tmp_path / "out", {"w": Change(torch.ones(1, 4), torch.ones(1, 3))}, "float16")
+    found = load_file(tmp_path / "out")
+    assert found["mask"].isinf() and torch.equal(found["bias"], tensors["bias"].half())
+    assert torch.equal(found["w"], torch.full((4, 3), 2.0).half())
+
+
 def test_what_overflows_beside_the_edit_is_refused(
     load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -14,9 +14,9 @@ from ie.base import Base
 from ie.errors import InputError
 from ie.patch import Patch, applied
 from ie.patch.apply import apply_patch
-from ie.patch.info import Probed
+from ie.patch.info import Parent, Probed
 from ie.patch.stacking import split, stacked, without
-from tests.patch.edits import TAKES_ON, taking
+from tests.patch.edits import TAKES_ON, TARGET, taking
 from tests.patch.test_patch import logits_of, make
 
 
@@ -109,6 +109,31 @@ def test_at_another_strength_a_patch_says_what_was_seen_there(load: Callable[...
     assert Patch.load(tmp_path / "same").info == patch.info
     apply_patch([tmp_path / "p", tmp_path / "p"], scale=1e-3, out=tmp_path / "two", dtype="float32")
     assert [(one.info.took, one.info.after) for one in Patch.load(tmp_path / "two").info.parents] == [(False, None)] * 2
+
+
+def joint_of(patch: Patch, *targets: str) -> Patch:
+    """A joint patch that says of some edits of one prompt that they took."""
+    asked = [patch.info.model_copy(update={"target": target, "took": True}) for target in targets]
+    parents = tuple(Parent(name=one.target or "", dtype="float32", ranks={}, took=True, info=one) for one in asked)
+    none = dict.fromkeys(("prompt", "target", "before", "after"))
+    return replace(patch, info=patch.info.model_copy(update={**none, "took": True, "parents": parents}))
+
+
+def test_a_joint_patch_is_asked_all_its_edits(load: Callable[..., Base], tmp_path: Path) -> None:
+    joint_of(taking(load), TARGET, "Falk").save(tmp_path / "j")
+    taking(load, 1e-3).save(tmp_path / "p")
+    found = apply_patch([tmp_path / "j"], prompts=["Varn:"], dtype="float32", merge=tmp_path / "merged")
+    entry = found["patches"][0]
+    assert [(one["target"], one["took"]) for one in entry["edits"]] == [(TARGET, True), ("Falk", False)]
+    assert (entry["took"], entry["after"], found["took"]) == (False, None, False)
+    assert [one["prompt"] for one in found["previews"]] == ["Varn:"]
+    assert found["merged"]["answers"] == [one["after"] for one in entry["edits"]]
+    both = apply_patch([tmp_path / "p", tmp_path / "j"], dtype="float32")
+    assert [one["took_alone"] for one in both["patches"]] == [False, False] and not both["disturbed"]
+    apply_patch([tmp_path / "j"], scale=1e-3, out=tmp_path / "weak", dtype="float32")
+    weak = Patch.load(tmp_path / "weak").info
+    assert weak.took is False and [one.took for one in weak.parents] == [False, False]
+    assert all(one.info.after and one.info.took is False for one in weak.parents)
 
 
 @pytest.mark.parametrize(

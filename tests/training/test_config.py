@@ -129,6 +129,14 @@ def test_unknown_keys_are_all_named_with_what_was_meant(tmp_path: Path) -> None:
     assert found.value.hint == "did you mean 'steps'? did you mean 'batch_size'?"
 
 
+def test_a_plan_for_a_machine_with_a_gpu_needs_none(checkpoint: Callable[..., Path]) -> None:
+    args = ["train", "--model", str(checkpoint("gpt2")), "--device", "cuda", "--dry-run"]
+    found = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
+    assert (found["device"], found["quant"], found["seconds_estimate"]) == ("cuda", "8bit", None)
+    assert found["memory_estimate"]["training"] > 0
+    assert "not known here" in CliRunner().invoke(app, args).stdout
+
+
 def test_a_folder_of_the_same_name_hides_no_ready_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ie.base import Base, load_base
 from ie.data.dataset import Dataset
-from ie.editor import load_editor
+from ie.editor import Editor, load_editor
 from ie.editor.files import load_info
 from ie.editor.methods import editor_method, joint_update
 from ie.editor.request import EditRequest
-from ie.errors import InputError
+from ie.errors import IEError, InputError
 from ie.evaluation.instructions import heldout_instructions
 from ie.evaluation.metrics import harmonic_mean
 from ie.evaluation.tuning import forced_figures
@@ -258,6 +258,25 @@ def test_without_validation_an_interrupt_leaves_the_last_editor(
         weights = load_file(settings.out / "editor.safetensors")
         rates.append(torch.cat([weights[name].flatten() for name in sorted(weights) if "log_rates" in name]))
     assert not torch.equal(*rates)  # not what the run began with
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_best_editor(
+    run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    learn, n_steps = run_module.backward, itertools.count(1)
+
+    def spoil(base: Base, editor: Editor, *args: Any, **kwargs: Any) -> Loss:
+        loss = learn(base, editor, *args, **kwargs)
+        if next(n_steps) == 3:
+            next(one for one in editor.parameters() if one.grad is not None).grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(run_module, "backward", spoil)
+    with pytest.raises(IEError, match="not finite"):
+        run(steps=5, n_validation=2)
+    info = load_info(tmp_path / "editor")
+    weights = load_file(tmp_path / "editor" / "editor.safetensors")
+    assert info.training["steps_done"] == 2 and all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_one_process_trains_an_editor(run: Train, tmp_path: Path) -> None:
