@@ -92,9 +92,9 @@ app.command(
         "ie build --source counterfact=cf.json --source zsre:test=zsre_eval.json --out data",
     )
 )(build)
-app.command(
-    epilog=examples("ie train", "ie train --model ./llama --data data --holdout none --quant 8bit --minutes 60")
-)(train)
+app.command(epilog=examples("ie train", "ie train --model ./llama --data data --config published-facts --quant 8bit"))(
+    train
+)
 app.command(
     epilog=examples(
         'ie edit --task general --prompt "The capital of Australia is" --target Sydney',

@@ -25,7 +25,7 @@ DEFAULT_FOLDER = Path("patches")
 
 def edit(
     instruction: Annotated[
-        str | None, typer.Option("--instruction", "-i", metavar="I", help="What kind of edit this is.")
+        str | None, typer.Option("--instruction", "-i", metavar="I", help="What kind of edit this is (or --task).")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="P", help="Text that the model continues.")
@@ -33,7 +33,7 @@ def edit(
     target: Annotated[str | None, typer.Option("--target", "-t", metavar="T", help="The new continuation.")] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="T", help="Task whose layout the instruction gets; alone, its description too."),
+        typer.Option("--task", metavar="T", help="Lays the instruction out as in training; alone, the task's own."),
     ] = None,
     templates: Templates = None,
     editor: Annotated[Path, typer.Option("--editor", metavar="DIR", help="Editor folder.")] = DEFAULT_EDITOR,
@@ -52,7 +52,8 @@ def edit(
         list[str] | None, typer.Option("--probe", metavar="TEXT", help="Prompt that should not move; repeatable.")
     ] = None,
     from_file: Annotated[
-        Path | None, typer.Option("--from", metavar="F.jsonl", help="One edit a line: instruction, prompt, target.")
+        Path | None,
+        typer.Option("--from", metavar="F.jsonl", help="A line an edit: prompt, target, instruction, task, probes."),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="With --from: one patch for all edits, by least squares.")
@@ -75,7 +76,7 @@ def edit(
     ] = None,
     patch_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--patch-dtype", metavar="D", help="What the patch file holds; auto: float16 if precise."),
+        typer.Option("--patch-dtype", metavar="D", help="float32, bfloat16, float16; auto: the last if precise."),
     ] = "auto",
     quant: Quant = "auto",
     dtype: Dtype = "auto",

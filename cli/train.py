@@ -72,7 +72,7 @@ def train(
     data: Data = DEFAULT_DATA,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Editor folder to write.")] = DEFAULT_EDITOR,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks to train on.", show_default="all")
+        str | None, typer.Option("--tasks", metavar="A,B", help="Tasks to train on.", show_default="all others")
     ] = None,
     holdout: Annotated[
         str, typer.Option("--holdout", metavar="T", help="Tasks left out, for `ie eval`; or none.")
@@ -93,7 +93,9 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", metavar="X", min=0.01, help="Stop after so long.", show_default="no limit"),
+        typer.Option(
+            "--minutes", metavar="X", min=0.01, help="Stop after so long, steps or not.", show_default="no limit"
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,

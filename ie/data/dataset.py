@@ -5,8 +5,7 @@
     templates.json                                the instruction templates that it was built with
 
 Invariants, checked when a folder is read: every line is a whole record, ids are unique, and no subject stands in two
-splits, in whatever task. Lines may be written by hand: `subject`, `prompt` and `target` are enough where the task is
-known otherwise.
+splits, in whatever task. Lines may be written by hand: `task`, `subject`, `prompt` and `target` are enough.
 """
 
 from __future__ import annotations

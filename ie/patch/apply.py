@@ -63,7 +63,7 @@ def apply_patch(
         The JSON object of `ie apply-patch`.
 
     Raises:
-        InputError: if no patch names a base model, and no model is given.
+        InputError: if no patch names a base model, and no model is given, or `merge` is the base's own folder.
         PatchError: if a file is no patch or does not fit the base.
         BaseMismatchError: if a patch was made for another base.
         EditFailedError: if an edit takes, but is lost to rounding when merged; nothing is left of the checkpoint.
@@ -73,6 +73,8 @@ def apply_patch(
     if named is None:
         raise InputError("no patch names its base model", hint="give it with --model")
     base = load_base(named, quant=quant, dtype=dtype, device=device)
+    if merge is not None and merge.resolve() == base.folder.resolve():
+        raise InputError(f"{merge} is the base model itself, which is never changed", hint="merge into another folder")
     checked = [on_base(patch, base, str(path)) for path, patch in zip(patches, loaded, strict=True)]
     parts = [part for path, patch in zip(patches, checked, strict=True) for part in split(patch, path, scale)]
     parts = without(parts, leave_out)

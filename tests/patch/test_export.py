@@ -203,6 +203,15 @@ def test_an_adapter_of_no_base_needs_one(load: Callable[..., Base], tmp_path: Pa
     assert apply_patch([tmp_path / "adapter", tmp_path / "p"])["patches"][0]["took"] is None
 
 
+def test_the_base_itself_is_never_merged_into(load: Callable[..., Base], tmp_path: Path) -> None:
+    base = load("gpt2")
+    save_patch(base, tmp_path / "p")
+    before = files(base.folder)
+    with pytest.raises(InputError, match="is the base model itself"):
+        apply_patch([tmp_path / "p"], merge=base.folder / ".." / base.folder.name, force=True)
+    assert files(base.folder) == before
+
+
 def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="rank 513"):
         export_peft(load("gpt2"), random_update(load("gpt2"), rank=513), tmp_path / "adapter")
