@@ -35,7 +35,7 @@ __all__ = ["JOINT", "Editor", "EditorSettings", "Method"]
 Method = Literal["instructedit", "mend", "instructedit-joint"]
 JOINT: Method = "instructedit-joint"
 _REGULARISATION = 0.1
-_CARE = 0.7  # of what kinds' rates are in the mean, for an edit of a kind that training never saw (docs/experiments.md)
+_CARE = 0.6  # of what kinds' rates are in the mean, for an edit of a kind that training never saw (docs/experiments.md)
 _LEAST_SIZE = 1e-6  # of an edit's normalised deltas: a target that is certain has no gradient left to scale up
 
 

@@ -197,7 +197,7 @@ def test_the_editor_is_a_slow_loop_over_tokens(load: Callable[..., Base]) -> Non
                 h = (1 + torch.tanh(gate)) * h + added
             pseudo_u, pseudo_delta = (h[: target.d_in] / u_norm.std).double(), h[target.d_in :].double()
             logarithms = editor.log_rates[key][:, int(opening)]
-            of_none = 0.7 * logarithms[1:].exp().prod() ** (1 / 2)  # a known kind's mean, and less of it
+            of_none = 0.6 * logarithms[1:].exp().prod() ** (1 / 2)  # a known kind's mean, and less of it
             rate = (logarithms[0] + KINDS[edit] @ torch.cat((logarithms[1:], of_none.log()[None]))).exp().item()
             change[int(edit)] -= (rate * torch.outer(pseudo_delta, pseudo_u)).detach()
         for edit in range(len(REQUESTS)):
