@@ -29,7 +29,11 @@ def check_new(path: Path, *, force: bool, flag: str = "--out") -> None:
     """Refuse an output that exists, unless --force; refuse a parent that is no folder always."""
     if not force and (path.exists() or path.is_symlink()) and not _is_empty_folder(path):
         raise InputError(f"{flag} {path} exists", hint=f"give --force to overwrite it, or another {flag}")
-    _check_parents(path, flag)
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"{flag} {path}: {parent} is a file, expected a folder")
+            break
 
 
 def check_new_file(path: Path, *, force: bool, flag: str = "--out") -> None:
@@ -49,14 +53,6 @@ def check_new_folder(path: Path, marker: str, *, force: bool, flag: str = "--out
     if path.exists() and not path.is_dir():
         raise InputError(f"{flag} {path} is a file, expected a folder")
     check_new(path, force=force, flag=flag)
-
-
-def _check_parents(path: Path, flag: str) -> None:
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise InputError(f"{flag} {path}: {parent} is a file, expected a folder")
-            break
 
 
 def check_model(name: str) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ie.errors import ModelError
 
-__all__ = ["INDEX", "WHOLE", "checkpoint_files", "fingerprint_checkpoint"]
+__all__ = ["INDEX", "checkpoint_files", "fingerprint_checkpoint"]
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor

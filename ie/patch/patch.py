@@ -24,7 +24,7 @@ from ie.header import factor_shapes, read_document
 from ie.patch.info import PatchInfo, parse_info
 from ie.patch.lowrank import norm
 
-__all__ = ["DTYPES", "Patch"]
+__all__ = ["DTYPES", "Patch", "load_tensors"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BY_FORMAT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -84,10 +84,7 @@ class Patch:
         document, tensors = read_document(path)
         info = parse_info(path, document)
         names = factor_shapes(path, tensors)
-        try:
-            loaded = load_file(path)
-        except SafetensorError as error:
-            raise PatchError(f"{path} cannot be read as safetensors: {error}") from error
+        loaded = load_tensors(path)
         factors = {name: (loaded[f"{name}.A"].float(), loaded[f"{name}.B"].float()) for name in names}
         dtypes = {_BY_FORMAT[dtype] for dtype, _ in tensors.values()}
         patch = cls(info, factors, dtypes.pop() if len(dtypes) == 1 else "float32")
@@ -102,6 +99,18 @@ class Patch:
         kind = DTYPES[dtype]
         factors = {name: (a.to(kind).float(), b.to(kind).float()) for name, (a, b) in self.factors.items()}
         return replace(self, factors=factors, dtype=dtype)
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose header has been checked; the library may still refuse it.
+
+    Raises:
+        PatchError: if it does.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise PatchError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _finite(tensor: Tensor) -> bool:

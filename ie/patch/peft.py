@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from ie.adapter import CONFIG, WEIGHTS, is_adapter, read_adapter
@@ -23,7 +21,7 @@ from ie.errors import PatchError
 from ie.files import new_folder
 from ie.patch.card import model_card
 from ie.patch.info import PatchBase, PatchInfo
-from ie.patch.patch import Patch
+from ie.patch.patch import Patch, load_tensors
 from ie.versions import now, versions
 
 __all__ = ["RANKS", "export_peft", "import_peft", "padded_rank", "read_patch"]
@@ -95,10 +93,7 @@ def import_peft(folder: Path) -> Patch:
         PatchError: if it is no LoRA adapter, more than one, or its values are not finite.
     """
     adapter = read_adapter(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise PatchError(f"{folder / WEIGHTS} cannot be read as safetensors: {error}") from error
+    tensors = load_tensors(folder / WEIGHTS)
     factors = {}
     for name, lora in adapter.modules.items():
         factors[name] = (tensors[lora.a].float(), lora.scaling * tensors[lora.b].float().T.contiguous())
