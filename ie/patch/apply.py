@@ -112,8 +112,8 @@ def apply_patch(
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a question of an edit is answered without and with all edits, and whether that is its target; `alone` is
-    whether it is under the edit's own patch.
+    """What a question of an edit is answered without and with all edits; whether it is its target with all (`took`),
+    and with its own patch alone.
     """
 
     ask: Ask
@@ -162,13 +162,16 @@ def _entry(part: Part, answered: Sequence[_Answer]) -> dict[str, Any]:
     }
     if joint:
         entry["edits"] = [
-            {"prompt": one.ask.prompt, "target": one.ask.answer, **_shown(one), "took": one.took} for one in answered
+            {
+                "prompt": one.ask.prompt,
+                "target": one.ask.answer,
+                "before": one.before,
+                "after": one.after,
+                "took": one.took,
+            }
+            for one in answered
         ]
     return entry
-
-
-def _shown(one: _Answer) -> dict[str, str]:
-    return {"before": one.before, "after": one.after}
 
 
 def _disturbed(base: Base, parts: Sequence[Part], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
