@@ -2,7 +2,8 @@
 
 Rules that hold for every layout. An input record becomes one record or is skipped for a reason that is counted. The
 first alias is the answer. White space around texts goes (the one space before a target is added where it is read). A
-question without prompt or answer is left out; a record without rephrases, locality or portability is still a record.
+published question without prompt or answer is left out (in a file of one's own it is an error); a record without
+rephrases, locality or portability is still a record.
 
 The readers of opinions (ConvSent, personality) are in `ie.data.opinions`.
 """

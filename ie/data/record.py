@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-__all__ = ["SPLITS", "Question", "Record", "Split"]
+__all__ = ["SPLITS", "Question", "Record", "Split", "Stripped"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Stripped = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Question(BaseModel):
@@ -24,8 +24,8 @@ class Question(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Text
-    answer: Text
+    prompt: Stripped
+    answer: Stripped
 
 
 class Instructions(BaseModel):
@@ -47,13 +47,13 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Text
-    task: Text
-    subject: Text
-    prompt: Text
-    target: Text
-    ground_truth: Text | None = None
-    rephrases: tuple[Text, ...] = ()
+    id: Stripped
+    task: Stripped
+    subject: Stripped
+    prompt: Stripped
+    target: Stripped
+    ground_truth: Stripped | None = None
+    rephrases: tuple[Stripped, ...] = ()
     locality: tuple[Question, ...] = ()
     portability: tuple[Question, ...] = ()
     instruction: Instructions = Instructions()

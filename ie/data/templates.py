@@ -24,7 +24,7 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ie.data.record import Record, Text
+from ie.data.record import Record, Stripped
 from ie.errors import TemplateError
 
 __all__ = [
@@ -58,7 +58,7 @@ class HeldoutInstruction(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     style: Name
-    text: Text
+    text: Stripped
 
 
 class Template(BaseModel):
@@ -71,11 +71,11 @@ class Template(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Name
-    name: Text
-    about: Text
-    layout: Text = DEFAULT_LAYOUT
+    name: Stripped
+    about: Stripped
+    layout: Stripped = DEFAULT_LAYOUT
     scope: Literal["fact", "wording"] = "fact"
-    train: tuple[Text, ...] = Field(min_length=MIN_TRAIN)
+    train: tuple[Stripped, ...] = Field(min_length=MIN_TRAIN)
     heldout: tuple[HeldoutInstruction, ...] = Field(min_length=MIN_HELDOUT)
 
     @property
@@ -86,7 +86,7 @@ class Template(BaseModel):
     def laid_out(self, instruction: str) -> str:
         """An instruction of a user's own in the layout of this task's, which is how an editor knows the task best.
 
-        One that is laid out already stays as it is.
+        One that is laid out already, known by what the layout puts before it, stays as it is.
 
         Raises:
             TemplateError: the layout asks for what a record alone has.

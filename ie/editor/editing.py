@@ -16,6 +16,7 @@ from ie.base.asking import Ask, answers, log_likelihoods, matches
 from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.update import Factors, Update
+from ie.data.record import Stripped
 from ie.editor.editor import Editor
 from ie.editor.files import EditorInfo, load_editor, load_info
 from ie.editor.methods import editor_method, joint_update, update_under
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _BATCH_SIZE = 32
+_N_DIGITS = 4  # of a patch's number in its folder
 _LEAST_ENERGY = 0.9995  # of a compressed update that rounding to fp16 must leave; else the patch stays fp32
 
 
@@ -44,14 +46,14 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str
-    target: str
+    prompt: Stripped
+    target: Stripped
     instruction: str | None = None
-    probes: tuple[str, ...] = ()
+    probes: tuple[Stripped, ...] = ()
 
 
 class EditSettings(BaseModel):
-    """What `ie edit` can be told; what is at `out` already is replaced.
+    """What `ie edit` can be told; what is at `out` already is replaced, of a folder the patches.
 
     Attributes:
         requests: the edits.
@@ -111,6 +113,11 @@ def edit(settings: EditSettings) -> dict[str, Any]:
         for offset, (one, patch) in enumerate(zip(chunk, made, strict=True)):
             path = _path(settings, start + offset, one.prompt)
             results.append(_describe(base, patch, path, patch.save(path), seconds))
+    if settings.many:
+        written = {Path(one["patch"]) for one in results}
+        for earlier in settings.out.glob(f"{'[0-9]' * _N_DIGITS}-*.safetensors"):  # as `_name` has it
+            if earlier not in written:
+                earlier.unlink()
     _name_kinds(base, editor, info, settings.requests, results)
     return {"edits": results} if settings.many else results[0]
 
@@ -319,7 +326,7 @@ def _path(settings: EditSettings, index: int, prompt: str) -> Path:
 
 def _name(index: int, prompt: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.casefold()).strip("-")[:40]
-    return f"{index + 1:04d}-{slug}"
+    return f"{index + 1:0{_N_DIGITS}d}-{slug}"
 
 
 def _describe(base: Base, patch: Patch, path: Path, n_bytes: int, seconds: float) -> dict[str, Any]:

@@ -9,6 +9,8 @@ Beside trained editors stand three that need no training and show what training 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,7 +91,7 @@ def joint_update(
         return propose_jointly(base, editor, batches, given)
 
 
-def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Editor:
+def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float = 1.0, batch_size: int = 32) -> Editor:
     """An editor without a network: normalised signals with one rate; it reads no instruction.
 
     Args:
@@ -105,27 +107,40 @@ def fitted_editor(base: Base, fitted_on: Sequence[EditRequest], rate: float, bat
     return editor
 
 
-def gradient_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, batch_size: int = 32) -> Method:
-    """Normalised signals with one rate, summed over tokens; for the arguments see `fitted_editor`."""
-    return editor_method(fitted_editor(base, fitted_on, rate, batch_size))
+def gradient_method(fitted: Editor, rate: float) -> Method:
+    """Normalised signals with one rate, summed over tokens.
+
+    Args:
+        fitted: what `fitted_editor` returned.
+        rate: the rate of every edit target.
+    """
+    return editor_method(_with_rate(fitted, rate))
 
 
-def ultra_method(base: Base, fitted_on: Sequence[EditRequest], rate: float, regularisation: float) -> Method:
+def ultra_method(fitted: Editor, rate: float, regularisation: float) -> Method:
     """Normalised signals with one rate, then the least squares of each edit's tokens.
 
     Args:
-        base: see `fitted_editor`.
-        fitted_on: see `fitted_editor`.
-        rate: see `fitted_editor`.
+        fitted: what `fitted_editor` returned.
+        rate: the rate of every edit target.
         regularisation: λ, see `ie.editor.least_squares`.
     """
-    editor = fitted_editor(base, fitted_on, rate)
+    editor = _with_rate(fitted, rate)
 
     @torch.no_grad()
     def edit(base: Base, requests: Sequence[EditRequest]) -> Update:
         return propose_alone(base, editor, requests, dict.fromkeys(_names(base), regularisation))
 
     return edit
+
+
+@torch.no_grad()
+def _with_rate(editor: Editor, rate: float) -> Editor:
+    """The same editor with another rate: settings to choose from need one fit."""
+    other = copy.deepcopy(editor)
+    for logarithms in other.log_rates.parameters():
+        logarithms[0] += math.log(rate / editor.settings.rate)
+    return other
 
 
 def finetune_method(rate: float, steps: int = 5) -> Method:

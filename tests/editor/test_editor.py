@@ -13,7 +13,7 @@ from ie.base import Base
 from ie.base.capture import Signals
 from ie.base.update import Factors
 from ie.editor import Editor, EditorSettings, EditRequest
-from ie.editor.methods import editor_method, finetune_method, gradient_method, update_under
+from ie.editor.methods import editor_method, finetune_method, fitted_editor, gradient_method, update_under
 from ie.editor.passes import observe
 from ie.editor.request import collate_requests
 from ie.errors import IEError
@@ -301,7 +301,8 @@ def test_mend_reads_no_instruction(load: Callable[..., Base]) -> None:
 
 def test_gradient_method_normalises_and_scales(load: Callable[..., Base]) -> None:
     base = load("gpt2")
-    one, ten = (gradient_method(base, REQUESTS, rate, batch_size=3)(base, REQUESTS[:2]) for rate in (0.1, 1.0))
+    fitted = fitted_editor(base, REQUESTS, batch_size=3)
+    one, ten = (gradient_method(fitted, rate)(base, REQUESTS[:2]) for rate in (0.1, 1.0))
     for name, (a, b) in one.items():
         assert torch.equal(a, ten[name][0])
         torch.testing.assert_close(10 * b, ten[name][1], rtol=1e-5, atol=1e-6)  # a float32 product

@@ -154,7 +154,7 @@ def test_edits_of_a_batch_stay_apart(load: Callable[..., Base], method: str) -> 
     """Each edit of a batch is the joint update of it alone."""
     base = load("gpt2")
     if method == "ultra":
-        update = ultra_method(base, REQUESTS, rate=0.1, regularisation=0.1)(base, REQUESTS)
+        update = ultra_method(fitted_editor(base, REQUESTS), rate=0.1, regularisation=0.1)(base, REQUESTS)
         editor = fitted_editor(base, REQUESTS, 0.1)
     else:
         editor = moved(base)
