@@ -151,7 +151,7 @@ def cell(row: Row | None, *, stacked: bool = False, best: bool = False) -> str:
         return "-"
     factor = 1 if row["metric"] == "fluency" else 100
     value = f"{'* ' if best else ''}{row['value'] * factor:{'+' if row.get('signed') else ''}.1f}"
-    if row.get("low") is None or row.get("high") is None:
+    if any(end is None or end != end for end in (row.get("low"), row.get("high"))):
         return value
     between = "\n" if stacked else " "
     to = "-" if not row.get("signed") else ".." if stacked else " to "
@@ -198,13 +198,13 @@ def summary_of(result: Mapping[str, Any]) -> list[str]:
     of_method = {
         (row["task"], row["metric"], row["decoding"]): row["value"] for row in edited if row["method"] == method
     }
-    # Of opinions nothing is generated: what is forced counts there.
+    # Of opinions' generalization nothing is generated: what is forced counts there.
     ways = ("forced", decoding)
     found = {(task, metric): value for last in ways for (task, metric, way), value in of_method.items() if way == last}
     advice = {
         "reliability": "edits do not take often enough; train longer, or give more records of the task",
         "generalization": "edits do not reach other wordings; give records with more rephrases",
-        "locality": "edits spread to unrelated questions; raise locality_weight or n_negatives",
+        "locality": "edits spread to unrelated questions; raise locality_weight or n_negatives in --config",
     }
     good = sorted(
         task for task in {task for task, _ in found} if all(found.get((task, one), 1.0) >= _GOOD for one in advice)

@@ -114,7 +114,7 @@ def measure(
                 if metric == "locality":
                     known = [right == 1 for right in way(before, before, "", asks)]
                     out.append(Figures("locality-known", query, decoding, _by_record(asks, values, known)))
-        gains = {edit: _gains(before, after, one) for edit, one in replies.get(query, {}).items()}
+        gains = {edit: _gains(before, after, one) for edit, one in replies.get(query, {}).items() if one}
         out.append(Figures("generalization", query, "forced", gains))
     if generate and "plain" in queries:
         out.append(Figures("fluency", "plain", "generated", dict(enumerate(_fluency(after, records)))))
@@ -145,10 +145,14 @@ def _generated(before: Respondent, after: Respondent, metric: str, asks: Sequenc
 
 
 def _replies(record: Record, edit: int, instruction: str | None) -> _Replies:
-    """The unseen replies of both sides to an opinion's prompt, under edit number `edit`."""
+    """The unseen replies of both sides to an opinion's prompt, under edit number `edit`; none if a side has none."""
     out: _Replies = {}
-    for side, sign in (("wanted", 1.0), ("unwanted", -1.0)):
-        unseen = [reply for reply in record.fields[side] if reply != record.target]
+    sides = []
+    for side in ("wanted", "unwanted"):
+        given = record.fields[side]
+        replies = [given] if isinstance(given, str) else given
+        sides.append([reply for reply in replies if reply != record.target])
+    for unseen, sign in zip(sides, (1.0, -1.0), strict=True) if all(sides) else ():
         for reply in unseen:
             ask = Ask(record.prompt, reply, instruction, edit)
             out[ask] = out.get(ask, 0.0) + sign / len(unseen)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -17,7 +18,7 @@ from ie.base.model import Base
 from ie.data.dataset import Dataset
 from ie.data.record import Record
 from ie.editor.files import load_editor, load_info
-from ie.editor.methods import Method, editor_method, finetune_method, gradient_method, ultra_method
+from ie.editor.methods import Method, editor_method, finetune_method, fitted_editor, gradient_method, ultra_method
 from ie.editor.request import EditRequest
 from ie.errors import InputError
 from ie.evaluation.comparison import Interval, differences, harmonic_means
@@ -83,7 +84,7 @@ def evaluate(
         holdout: a task that no editor may have been trained on, or `none`; None takes the editors' own, if none of them
             was trained on it.
         methods: of `none`, `finetune`, `gradient`, `ultra`, beside the editors; `none` is always there.
-        controls: measure the editors also under no, another task's and a random instruction.
+        controls: measure the editors also under no instruction, other tasks' and a random one.
         generate: greedy decoding too.
         limit: at most so many records of each task.
         seed: of the records drawn by `limit`.
@@ -110,13 +111,14 @@ def evaluate(
                 f"--holdout {held}: the editor {folder} was trained on it, so it is no hold-out",
                 hint=f"train one without it: `ie train --holdout {held} --out DIR`",
             )
+    held_out = {task for info in infos for task in info.holdout if task not in trained} | ({held} if held else set())
     dataset = Dataset.load(data)
     if controls:
         dataset.templates()  # not after minutes, if they aren't known
     base = load_base(model or (infos[0].base.id if infos else "toy"), quant=quant, dtype=dtype, device=device)
     contestants = [Contestant("none", None, {}), *_editors(base, editors)]
     before = Respondent(base)
-    contestants += _training_free(before, dataset, methods, tasks, held, on_note)
+    contestants += _training_free(before, dataset, methods, tasks, held_out, on_note)
     rows: list[dict[str, Any]] = []
     gaps: list[dict[str, Any]] = []
     for task in tasks or dataset.tasks:
@@ -178,28 +180,27 @@ def _training_free(
     dataset: Dataset,
     methods: Sequence[str],
     tasks: Sequence[str] | None,
-    held: str | None,
+    held: Collection[str],
     on_note: OnNote,
 ) -> Iterator[Contestant]:
     """The methods that were asked for, each with the setting that does best on validation records.
 
-    Of the hold-out nothing is fitted or chosen on, as nothing of an editor is; else on the tasks that are reported.
+    Of what is held out nothing is fitted or chosen on, as nothing of an editor is; else on the tasks that are reported.
     """
-    known = [task for task in dataset.tasks if task != held]
+    known = [task for task in dataset.tasks if task not in held]
     chosen_on = [task for task in known if task in (tasks or known)] or known
     tuning = _limited(dataset.records("validation", chosen_on), _N_TUNING, seed=0)
     seen = [EditRequest.of(record, None) for record in _limited(dataset.records("train", known), _N_FIT, seed=0)]
-    makers: dict[str, Callable[..., Method]] = {
-        "finetune": finetune_method,
-        "gradient": partial(gradient_method, before.base, seen),
-        "ultra": partial(ultra_method, before.base, seen),
-    }
-    wanted = [name for name in methods if name in makers]
+    wanted = [name for name in methods if name in SETTINGS]
     if wanted and not (tuning and seen):
         raise InputError(
             f"{', '.join(wanted)}: settings are chosen on training and validation records, and there are none",
             hint="leave --methods out, or build a dataset with training records too",
         )
+    makers: dict[str, Callable[..., Method]] = {"finetune": finetune_method}
+    if set(wanted) - set(makers):
+        fitted = fitted_editor(before.base, seen)
+        makers |= {"gradient": partial(gradient_method, fitted), "ultra": partial(ultra_method, fitted)}
     for name in wanted:
         setting = best_setting(before.base, makers[name], SETTINGS[name], tuning, before)
         shown = {key: f"{value:g}" for key, value in setting.items()}
@@ -244,7 +245,7 @@ def _interval(figures: Figures) -> Interval:
     values = list(figures.values.values())
     n, value = len(values), mean(values)
     if figures.metric == "fluency":
-        spread = torch.tensor(values).std(correction=0).item() if n > 1 else 0.0
+        spread = torch.tensor(values).std().item() if n > 1 else math.nan
         half = Z95 * spread / n**0.5
         low, high = value - half, value + half
     else:
@@ -303,8 +304,9 @@ def _other_instructions(
     out |= {("unseen", style): [texts[k] for texts in unseen] for k, style in enumerate(template.styles)}
     out["none", ""] = [None] * len(records)
     out["random", ""] = [_RANDOM_SENTENCE] * len(records)
-    other = next((name for name in dataset.tasks if name != task), None)
-    told = heldout_instructions(dataset.records("test", [other])) if other else []
-    if told:
-        out["wrong-task", ""] = [told[i % len(told)] for i in range(len(records))]
+    others = [heldout_instructions(dataset.records("test", [name])) for name in dataset.tasks if name != task]
+    others = [texts for texts in others if texts]
+    if others:  # in turns
+        turns = (divmod(i, len(others)) for i in range(len(records)))
+        out["wrong-task", ""] = [others[k][turn % len(others[k])] for turn, k in turns]
     return out

@@ -72,8 +72,21 @@ def test_instructions_take_turns_and_may_be_missing() -> None:
         "Task: people",
         None,
     ]
+    mixed = [FACT, BARE, FACT, FACT.model_copy(update={"task": "places"})]  # each task's own turns
+    assert heldout_instructions(mixed) == ["Task: people", None, "Task: people", "Task: people"]
     trained = BARE.model_copy(update={"instruction": Instructions(train=("Only this",))})
     assert heldout_instructions([trained]) == ["Only this"]
+
+
+def test_an_opinion_gains_only_where_both_sides_have_an_unseen_reply(load: Callable[..., Base]) -> None:
+    base = load("llama")
+    for fields, n in (
+        ({"wanted": "They are sweet.", "unwanted": "They are sour."}, 1),  # a text is one reply
+        ({"wanted": ("I like them.",), "unwanted": ("They are sour.",)}, 0),  # the target alone
+    ):
+        one = OPINION.model_copy(update={"fields": fields})
+        found = measure(base, [one], [None], None, generate=False, queries=("plain",), metrics=("generalization",))
+        assert sum(len(figures.values) for figures in found) == n
 
 
 @pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])

@@ -25,11 +25,15 @@ TEMPLATES = Path(__file__).parents[2] / "templates"
 ROW = {"task", "method", "query", "decoding", "metric", "value", "low", "high", "n"}
 
 
-def save(base: Base, folder: Path, method: str = "instructedit", tasks: tuple[str, ...] = ("people",)) -> Path:
+def save(
+    base: Base,
+    folder: Path,
+    method: str = "instructedit",
+    tasks: tuple[str, ...] = ("people",),
+    holdout: tuple[str, ...] = ("zsre",),
+) -> Path:
     settings = EditorSettings.model_validate({"method": method, "rank": 4, "rate": 0.1})
-    save_editor(
-        folder, Editor(base.targets, settings), base, tasks=tasks, holdout=("zsre",), training={}, validation={}
-    )
+    save_editor(folder, Editor(base.targets, settings), base, tasks=tasks, holdout=holdout, training={}, validation={})
     return folder
 
 
@@ -103,6 +107,17 @@ def test_controls_take_the_templates_that_the_dataset_was_built_with(tmp_path: P
         dataset.templates()
 
 
+def test_other_tasks_instructions_take_turns(dataset: Path) -> None:
+    loaded = Dataset.load(dataset)
+    records = loaded.records("test", ["people"]) * 4
+    told = _other_instructions("people", records, loaded)["wrong-task", ""]
+    homes = {text: one.task for one in loaded.records("test") for text in one.instruction.heldout}
+    tasks = [homes[text] for text in told if text is not None]
+    others = [task for task in loaded.tasks if task != "people"]
+    assert tasks == [others[i % len(others)] for i in range(len(records))]
+    assert len(set(told)) > len(others)  # in several wordings
+
+
 def test_a_dataset_of_bundled_templates_needs_no_file(dataset: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dataset, tmp_path / "data")
     with_file = Dataset.load(folder).templates()
@@ -144,6 +159,22 @@ def test_the_holdout_is_one_that_no_editor_saw(
         editors=folders, data=dataset, tasks=["people"], holdout=given, limit=1, generate=False, device="cpu"
     )
     assert found["holdout"] == held
+
+
+def test_nothing_is_fitted_or_chosen_on_any_editors_holdout(
+    load: Callable[..., Base], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[set[str]] = []
+
+    def watch(records: list[Record], limit: int | None, seed: int) -> list[Record]:
+        used.append({record.task for record in records})
+        return records[:2]
+
+    monkeypatch.setattr("ie.evaluation.report._limited", watch)
+    folder = save(load("llama"), tmp_path / "editor", holdout=("zsre", "places"))
+    options: dict[str, Any] = {"tasks": ["zsre"], "methods": ["gradient"], "generate": False, "device": "cpu"}
+    evaluate(editors=[folder], data=dataset, **options)
+    assert used[:2] == [{"convsent", "general", "people"}] * 2
 
 
 @pytest.mark.parametrize(("holdout", "n"), [("zsre", 0), ("none", 2)])
