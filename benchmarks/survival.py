@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import ie
-from ie.training.checkpoint import checkpoints, newest_checkpoint, training_folder
+from ie.training.checkpoint import newest_checkpoint
+from ie.training.place import checkpoints, training_folder
 from ie.training.settings import TrainSettings
 
 # Processes are forked from a server that has loaded the libraries: a start takes a second and not six.
@@ -27,11 +28,11 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ie.training.trainer"])
 
 
-def work(settings: TrainSettings, loaded: Flag) -> None:
-    """One process: train, and say when the base is there."""
+def work(settings: TrainSettings, begun: Flag) -> None:
+    """One process: train, and say when the first step is done."""
     from ie.training.trainer import train
 
-    train(settings, on_event=lambda event: loaded.set() if "base toy" in event.text else None)
+    train(settings, on_event=lambda event: begun.set() if event.kind == "step" else None)
 
 
 def start(out: Path, data: Path, steps: int) -> tuple[BaseProcess, Flag]:
@@ -40,10 +41,10 @@ def start(out: Path, data: Path, steps: int) -> tuple[BaseProcess, Flag]:
         data=data, out=out, steps=steps, batch_size=4, rank=16, n_fit=16, n_validation=8, validate_every=7, passes=1,
         patience=None, checkpoint_every=1, resume=training_folder(out).exists(),
     )  # fmt: skip
-    loaded = SERVER.Event()
-    process = SERVER.Process(target=work, args=(settings, loaded))
+    begun = SERVER.Event()
+    process = SERVER.Process(target=work, args=(settings, begun))
     process.start()
-    return process, loaded
+    return process, begun
 
 
 def finish(out: Path, data: Path, steps: int) -> bytes:
@@ -56,9 +57,9 @@ def finish(out: Path, data: Path, steps: int) -> bytes:
 
 
 def kill(out: Path, data: Path, steps: int, seconds: float) -> list[str]:
-    """Kill a training so long after its base was loaded; what was wrong with the checkpoints then."""
-    process, loaded = start(out, data, steps)
-    loaded.wait(timeout=60)
+    """Kill a training so long after its first step; what was wrong with the checkpoints then."""
+    process, begun = start(out, data, steps)
+    begun.wait(timeout=60)
     time.sleep(seconds)
     process.kill()
     process.join()
@@ -75,7 +76,7 @@ def survive(place: Path, data: Path, *, n_kills: int, steps: int, span: float, s
         data: dataset folder.
         n_kills: how often to kill.
         steps: of training.
-        span: kills fall at random into so many seconds after the base was loaded.
+        span: kills fall at random into so many seconds after a process's first step.
         seed: of the moments.
     """
     rng = random.Random(seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ie.errors import InputError
+from ie.training.place import check_not_begun, training_folder
 
 from .files import check_model, check_names, check_new_folder, read_dataset_info, split_names
 from .options import (
@@ -160,6 +161,8 @@ def train(
             values = _begun(out) | {name: value for name, value in flags.items() if _given(context, name)} | more
         else:
             check_model(model)
+            if not force:
+                check_not_begun(out)  # before the editor so far, which Ctrl-C leaves too, is said to be in the way
             check_new_folder(out, "editor.json", force=force)
             explicit, alone = _given(context, "holdout"), n_processes == 1
             held = _check_tasks(render, data, tasks, left_out, explicit=explicit, alone=alone)
@@ -184,7 +187,7 @@ def _begun(out: Path) -> dict[str, Any]:
     """
     from ie.training.config import CONFIG, read_config
 
-    begun = out.with_name(f"{out.name}.training") / CONFIG
+    begun = training_folder(out) / CONFIG
     if not begun.is_file():
         what = f"{out} is finished" if out.exists() else f"no run for {out} was begun"
         raise InputError(f"--resume: {what}, there is nothing to go on with", hint="leave --resume out to train anew")

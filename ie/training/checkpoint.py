@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ie.errors import InputError
 from ie.files import new_folder
+from ie.training.place import checkpoints
 
-__all__ = ["Checkpoint", "checkpoints", "discard_leftovers", "newest_checkpoint", "training_folder", "write_checkpoint"]
+__all__ = ["Checkpoint", "discard_leftovers", "newest_checkpoint", "write_checkpoint"]
 
 FORMAT_VERSION = 2  # 2: the base's quantisation; no best editor without validation
 TENSORS, VALUES = "state.safetensors", "state.json"
@@ -48,11 +49,6 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
-
-
-def training_folder(out: Path) -> Path:
-    """Where a run that is to write the editor `out` keeps what it needs to go on."""
-    return out.with_name(f"{out.name}.training")
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -80,11 +76,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     for old in checkpoints(folder)[_N_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return place
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, whether they can be read or not."""
-    return sorted(folder.glob("checkpoint-*"), reverse=True)
 
 
 def newest_checkpoint(folder: Path, on_note: Callable[[str], None]) -> Checkpoint | None:
@@ -119,7 +110,10 @@ def newest_checkpoint(folder: Path, on_note: Callable[[str], None]) -> Checkpoin
 def discard_leftovers(folder: Path) -> None:
     """Remove what a killed process left half written."""
     for path in folder.glob(".*.new"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _read(place: Path) -> Checkpoint:

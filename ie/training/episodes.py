@@ -102,14 +102,16 @@ def make_episodes(
 
 
 def consistent(episodes: Episodes, records: Sequence[Record], n_sums: int) -> Episodes:
-    """Episodes without the queries to keep that ask what another edit of the same sum is to change.
+    """Episodes without the queries to keep that ask what another edit of the same sum is to change, in any wording.
 
     Args:
         episodes: a batch.
         records: its records, one an episode.
         n_sums: into how many sums its edits are added up, edit i into sum i modulo `n_sums`.
     """
-    changed = {(edit % n_sums, record.prompt) for edit, record in enumerate(records)}
+    changed = {
+        (edit % n_sums, text) for edit, record in enumerate(records) for text in (record.prompt, *record.rephrases)
+    }
     return replace(episodes, kept=[ask for ask in episodes.kept if (ask.edit % n_sums, ask.prompt) not in changed])
 
 

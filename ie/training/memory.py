@@ -160,7 +160,7 @@ def enough_memory(name: str, plan: Plan, settings: TrainSettings) -> Iterator[No
         quant = "" if plan.quant == "4bit" else ", or take --quant " + ("4bit" if plan.quant == "8bit" else "8bit")
         raise NotEnoughMemoryError(
             f"out of memory on {plan.device}: this training needs about {_size(parts['training'])} ({shown})",
-            hint=f"lower --batch-size ({settings.batch_size}), rank ({settings.rank}) or n_validation "
+            hint=f"lower --batch-size ({settings.batch_size}), or in --config rank ({settings.rank}) or n_validation "
             f"({settings.n_validation}){quant}; `ie doctor --model {name}` estimates",
         ) from error
 

@@ -72,12 +72,12 @@ def check_tracker(name: str | None) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        InputError: naming the extra that brings it.
+        InputError: naming it.
     """
     if name is not None and find_spec(name) is None:
         raise InputError(
             f"--report-to {name}: the package {name} is not installed",
-            hint=f"pip install 'instructedit[{name}]'",
+            hint=f"pip install {name}",
         )
 
 

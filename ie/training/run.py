@@ -28,7 +28,7 @@ from ie.evaluation.metrics import harmonic_mean, mean
 from ie.evaluation.respondent import Respondent
 from ie.evaluation.tuning import forced_figures
 from ie.files import new_file
-from ie.training.checkpoint import Checkpoint, checkpoints, training_folder, write_checkpoint
+from ie.training.checkpoint import Checkpoint, write_checkpoint
 from ie.training.config import CONFIG, config_text
 from ie.training.distributed import Processes, share
 from ie.training.episodes import Relations, consistent, draw_instruction, make_episodes
@@ -36,6 +36,7 @@ from ie.training.events import Event, OnEvent
 from ie.training.loss import Loss, backward
 from ie.training.memory import peak_memory_bytes
 from ie.training.metrics import METRICS, Metrics
+from ie.training.place import checkpoints, training_folder
 from ie.training.settings import TrainSettings
 from ie.training.stopping import deferred_signals
 from ie.training.stream import RecordStream
@@ -267,13 +268,15 @@ class Run:
 
     def _validate(self) -> None:
         """Compare the editor with the best so far, in the first process; the others learn how long none was better."""
-        if self.processes.is_first:
-            self._compare()
+        figures = self._compare() if self.processes.is_first else None
+        if figures is not None:
+            self._event("validation", figures, figures)
         self.n_stale = self.processes.from_first(self.n_stale)
 
-    def _compare(self) -> None:
+    def _compare(self) -> dict[str, float] | None:
+        """The editor's figures on validation records, if there are any; it is kept if they are the best so far."""
         if not self.validation:
-            return
+            return None
         method = validated(self.editor, self.settings.batch_size)
         figures = forced_figures(self.base, method, self.validation, heldout_instructions(self.validation), self.before)
         score = harmonic_mean(list(figures.values()))
@@ -282,7 +285,7 @@ class Run:
             self.best, self.figures = copy.deepcopy(self.editor.state_dict()), figures
         else:
             self.n_stale += 1
-        self._event("validation", figures, figures)
+        return figures
 
     def _report(self) -> None:
         seconds = time.monotonic() - self.began
@@ -310,10 +313,12 @@ class Run:
         left = seconds * (1 - done) / done if done > 0 else None
         self.on_event(Event(kind, "", self.n_steps_done, self.settings.steps, dict(shown), seconds, left))
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, *, early: bool = False) -> dict[str, Any]:
         """Write the best editor, or without validation the last, its configuration and figures beside it, and say how
-        the run went.
+        the run went. One that ends early may have compared nothing yet but the untrained editor.
         """
+        if early and self.n_steps_done < self.settings.validate_every and self.processes.is_first:
+            self._compare()
         seconds = time.monotonic() - self.began
         if self.best is not None:
             self.editor.load_state_dict(self.best)

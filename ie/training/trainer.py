@@ -22,11 +22,12 @@ from ie.base.plan import plan_load
 from ie.data.dataset import Dataset
 from ie.editor.editor import JOINT
 from ie.errors import IEError, InputError
-from ie.training.checkpoint import Checkpoint, checkpoints, discard_leftovers, newest_checkpoint, training_folder
+from ie.training.checkpoint import Checkpoint, discard_leftovers, newest_checkpoint
 from ie.training.distributed import Processes, joined
 from ie.training.events import Event, OnEvent
 from ie.training.memory import enough_memory
 from ie.training.metrics import check_tracker
+from ie.training.place import check_not_begun, checkpoints, training_folder
 from ie.training.run import Run
 from ie.training.settings import TrainSettings
 
@@ -73,14 +74,24 @@ def _train(settings: TrainSettings, processes: Processes, on_event: OnEvent) -> 
     if settings.method == JOINT and processes.n > 1:
         raise InputError(f"--method {JOINT} is for one process, here are {processes.n}: a batch is one update")
     dataset = Dataset.load(settings.data)
-    tasks = tuple(task for task in settings.tasks or dataset.tasks if task not in settings.holdout)
-    if not dataset.records("train", tasks):
-        raise InputError(f"{settings.data} has no training record of {', '.join(tasks) or 'any task'}")
+    tasks = _trained(dataset, settings, on_event)
     plan = plan_load(settings.quant, settings.dtype, processes.device or settings.device)
     with _only_one(settings.out) if processes.is_first else nullcontext():
         saved = processes.from_first(_saved(settings, dataset.fingerprint, on_event) if processes.is_first else None)
         with enough_memory(settings.model, plan, settings):
             return _run(settings, processes, dataset, tasks, saved, on_event)
+
+
+def _trained(dataset: Dataset, settings: TrainSettings, on_event: OnEvent) -> tuple[str, ...]:
+    """The tasks that are trained on: those asked for, else all that have training records and aren't held out."""
+    asked = [task for task in settings.tasks or dataset.tasks if task not in settings.holdout]
+    tasks = tuple(task for task in asked if dataset.records("train", (task,)))
+    missing = ", ".join(task for task in asked if task not in tasks)
+    if not tasks or (settings.tasks and missing):
+        raise InputError(f"{settings.data} has no training record of {missing or 'any task'}")
+    if missing:
+        on_event(Event("note", f"{settings.data} has no training record of {missing}: not trained on"))
+    return tasks
 
 
 @contextmanager
@@ -128,15 +139,15 @@ def _run(
     try:
         run.steps()
     except (KeyboardInterrupt, IEError) as error:
-        if run.best is None and not run.n_steps_done:
-            raise
-        run.finish()
+        if not run.n_steps_done:
+            raise  # an untrained editor is of no use
+        run.finish(early=True)
         said = f"the {'last' if run.best is None else 'best'} editor so far is in {settings.out}"
         if isinstance(error, IEError):
             on_event(Event("note", said))
             raise
         if checkpoints(training_folder(settings.out)):
-            said += "; `ie train --resume` goes on from the last checkpoint"
+            said += f"; `ie train --resume --out {settings.out}` goes on from the last checkpoint"
         elif processes.is_first:
             shutil.rmtree(training_folder(settings.out), ignore_errors=True)
         raise KeyboardInterrupt(*([said] if processes.is_first else [])) from None
@@ -150,11 +161,8 @@ def _saved(settings: TrainSettings, data_fingerprint: str, on_event: OnEvent) ->
     """What to go on from; without `resume` nothing, and then nothing of an unfinished run may be lost either."""
     folder = training_folder(settings.out)
     if not settings.resume:
-        if checkpoints(folder) and not settings.force:
-            raise InputError(
-                f"{folder} holds the checkpoints of an unfinished run",
-                hint="give --resume to go on with it, or --force to start anew",
-            )
+        if not settings.force:
+            check_not_begun(settings.out)
         shutil.rmtree(folder, ignore_errors=True)
         return None
     if settings.out.exists() and not folder.exists():

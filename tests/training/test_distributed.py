@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ie.base import Base
 from ie.data.dataset import Dataset
@@ -92,14 +94,22 @@ def test_one_process_needs_no_launcher() -> None:
 
 
 def test_a_base_spread_over_all_devices_gets_the_same_editor(
-    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine with one device accelerate puts all of it there: the way there is what is tested."""
+    asked_for: list[Any] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def watch(*args: Any, **options: Any) -> Any:
+        asked_for.append(options["device_map"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
     fixed = {"model": str(checkpoint("llama")), "data": dataset, "dtype": "float32", "device": "cpu", "n_validation": 2}
     for name, device_map in (("one", None), ("spread", "auto")):
         train(TrainSettings.model_validate(OPTIONS | fixed | {"out": tmp_path / name, "device_map": device_map}))
     one, spread = ((tmp_path / name / "editor.safetensors").read_bytes() for name in ("one", "spread"))
-    assert one == spread
+    assert one == spread and asked_for == [{"": torch.device("cpu")}, "auto"]
 
 
 def test_what_several_processes_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,3 +190,23 @@ def test_nothing_to_keep_costs_nothing(load: Callable[..., Base]) -> None:
     made = make_episodes(RECORDS[:1], random.Random(1), relations=None, told_share=0.0, plain_share=1.0, n_negatives=0)
     editor = Editor(base.targets, EditorSettings(rate=0.01))
     assert backward(base, editor, Episodes(made.requests, made.wanted, []), 1.0).locality == 0
+
+
+def test_what_another_edit_of_the_sum_changes_is_not_asked_to_stay_in_any_wording() -> None:
+    spain = Record(
+        id="s",
+        task="places",
+        subject="Spain",
+        prompt="Spain's capital is",
+        target="Orm",
+        rephrases=("Capital of Spain?",),
+    )
+    france = spain.model_copy(
+        update={
+            "id": "f", "subject": "France", "prompt": "France's capital is", "rephrases": (),
+            "locality": tuple(Question(prompt=text, answer="x") for text in ("Capital of Spain?", "Capital of Varn?")),
+        }
+    )  # fmt: skip
+    asked = [Ask(one.prompt, one.answer, None, 0) for one in france.locality]
+    for n_sums, kept in ((1, asked[1:]), (2, asked)):
+        assert consistent(Episodes([], [], asked), [france, spain], n_sums).kept == kept

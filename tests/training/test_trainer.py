@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +28,9 @@ from ie.evaluation.metrics import harmonic_mean
 from ie.evaluation.tuning import forced_figures
 from ie.training import Event, TrainSettings, train, trainer
 from ie.training import run as run_module
-from ie.training.checkpoint import training_folder
 from ie.training.episodes import Episodes, make_episodes
 from ie.training.loss import Loss
+from ie.training.place import training_folder
 from ie.training.validation import spread
 from tests.dense import state_hash
 
@@ -235,14 +236,22 @@ def test_an_interrupt_leaves_a_usable_editor_and_is_raised_again(
     assert [path.name for path in tmp_path.iterdir()] == ["editor"]
 
 
-def test_without_validation_an_interrupt_leaves_the_last_editor(
-    checkpoint: Callable[..., Path], dataset: Path, tmp_path: Path
+@pytest.mark.parametrize("n_validation", [0, 2])
+def test_an_early_interrupt_leaves_what_was_learned(
+    checkpoint: Callable[..., Path],
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n_validation: int,
 ) -> None:
+    """Without validation the last editor; else that is compared first with the untrained one, here always better."""
+    scores = itertools.count()
+    monkeypatch.setattr(run_module, "harmonic_mean", lambda values: next(scores))
     rates: list[Tensor] = []
 
     def stop_at(step: int) -> Callable[[Event], None]:
         def watch(event: Event) -> None:
-            assert "validation" not in event.text
+            assert event.kind != "validation" or n_validation
             if event.kind == "step" and event.step == step:
                 raise KeyboardInterrupt
 
@@ -251,9 +260,9 @@ def test_without_validation_an_interrupt_leaves_the_last_editor(
     for step in (1, 3):
         settings = TrainSettings(
             model=str(checkpoint("llama")), data=dataset, out=tmp_path / str(step), device="cpu", batch_size=4, rank=8,
-            n_fit=8, n_validation=0, rate_learning_rate=0.1,
+            n_fit=8, n_validation=n_validation, rate_learning_rate=0.1,
         )  # fmt: skip
-        with pytest.raises(KeyboardInterrupt, match="the last editor so far"):
+        with pytest.raises(KeyboardInterrupt, match=f"the {'best' if n_validation else 'last'} editor so far"):
             train(settings, on_event=stop_at(step))
         weights = load_file(settings.out / "editor.safetensors")
         rates.append(torch.cat([weights[name].flatten() for name in sorted(weights) if "log_rates" in name]))
@@ -277,6 +286,32 @@ def test_a_gradient_that_is_not_finite_leaves_the_best_editor(
     info = load_info(tmp_path / "editor")
     weights = load_file(tmp_path / "editor" / "editor.safetensors")
     assert info.training["steps_done"] == 2 and all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_what_fails_at_its_first_step_leaves_the_old_editor(
+    run: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(steps=1)
+    before = (tmp_path / "editor" / "editor.safetensors").read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> Loss:
+        raise InputError("broken")
+
+    monkeypatch.setattr(run_module, "backward", fail)
+    with pytest.raises(InputError, match="broken"):
+        run(steps=1, force=True, seed=1)
+    assert (tmp_path / "editor" / "editor.safetensors").read_bytes() == before
+
+
+def test_a_task_without_training_records_is_left_out(run: Train, dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(one for one in lines if '"task": "places"' not in one))
+    result, events = run(data=folder, method="instructedit")
+    assert result["tasks"] == ["convsent", "general", "people"]
+    assert any("no training record of places: not trained on" in event.text for event in events)
+    with pytest.raises(InputError, match="has no training record of places"):
+        run(data=folder, tasks=("people", "places"))
 
 
 def test_one_process_trains_an_editor(run: Train, tmp_path: Path) -> None:
