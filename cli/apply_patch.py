@@ -78,8 +78,8 @@ def apply_patch(
             render.note(f"warning: {one['patch']} ({one['prompt']!r}) takes alone, but not beside {_company(one)}")
         if result["took"] is False:
             edits = [one for entry in result["patches"] for one in entry.get("edits", [entry])]
-            n_failed = sum(one["took"] is False for one in edits)
-            many = f"{n_failed} of {len(edits)} edits do" if len(edits) > 1 else "the edit does"
+            asked = [one["took"] for one in edits if one["took"] is not None]
+            many = f"{asked.count(False)} of {len(asked)} edits do" if len(asked) > 1 else "the edit does"
             raise EditFailedError(f"{many} not take on this base", hint="`ie inspect` shows what was asked for")
 
 

@@ -169,11 +169,13 @@ def _scaling(folder: Path, config: dict[str, Any], module: str, rank: int) -> fl
 
 
 def _of_pattern(folder: Path, config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """A module's own value: patterns are ends of module paths. Regular expressions of a stranger are not run."""
+    """A module's own value: patterns are ends of module paths, or behind `^` whole ones. Regular expressions of a
+    stranger are not run.
+    """
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict) or not all(is_module_path(name.removeprefix("^")) for name in patterns):
         raise PatchError(f"{folder / CONFIG}: {key} must map ends of module paths to numbers")
     for name, value in patterns.items():
-        if f".{module}".endswith(f".{name.removeprefix('^')}"):
+        if module == name[1:] if name.startswith("^") else f".{module}".endswith(f".{name}"):
             return value
     return default

@@ -13,17 +13,16 @@ from ie.base.asking import Ask, answers, matches
 from ie.base.load import load_base
 from ie.base.model import Base
 from ie.base.update import Update
-from ie.errors import EditFailedError, InputError
+from ie.errors import EditFailedError, InputError, NotEnoughMemoryError, is_out_of_memory
 from ie.patch.lowrank import side_by_side, stack
 from ie.patch.merge import Merged, merge_checkpoint
 from ie.patch.peft import export_peft, padded_rank, read_patch
-from ie.patch.stacking import Part, disturbances, on_base, on_device, split, stacked, without
+from ie.patch.stacking import Part, chunks, disturbances, on_base, on_device, split, stacked, without
 from ie.servers import check_server
 
 __all__ = ["apply_patch"]
 
 _LEAST_KEPT = 0.5  # of a part's edits that take, or of an update that can't be asked: below, rounding has eaten it
-_CHUNK = 32
 
 
 def apply_patch(
@@ -63,18 +62,20 @@ def apply_patch(
         The JSON object of `ie apply-patch`.
 
     Raises:
-        InputError: if no patch names a base model, and no model is given, or `merge` is the base's own folder.
+        InputError: if no patch names a base model, and no model is given, or `merge` or `peft` would replace a folder
+            that holds the base or a patch.
         PatchError: if a file is no patch or does not fit the base.
         BaseMismatchError: if a patch was made for another base.
-        EditFailedError: if an edit takes, but is lost to rounding when merged; nothing is left of the checkpoint.
+        EditFailedError: if an edit takes, but is lost when merged; nothing is left of the checkpoint.
+        NotEnoughMemoryError: if the merged checkpoint, which is asked whole, does not fit the device.
     """
     loaded = [read_patch(path) for path in patches]
     named = model or next((patch.info.base.id for patch in loaded if patch.info.base.id), None)
     if named is None:
         raise InputError("no patch names its base model", hint="give it with --model")
     base = load_base(named, quant=quant, dtype=dtype, device=device)
-    if merge is not None and merge.resolve() == base.folder.resolve():
-        raise InputError(f"{merge} is the base model itself, which is never changed", hint="merge into another folder")
+    for place in filter(None, (merge, peft)):
+        _check_replaceable(place, [base.folder, *patches])
     checked = [on_base(patch, base, str(path)) for path, patch in zip(patches, loaded, strict=True)]
     parts = [part for path, patch in zip(patches, checked, strict=True) for part in split(patch, path, scale)]
     parts = without(parts, leave_out)
@@ -101,13 +102,20 @@ def apply_patch(
     rank = padded_rank(update) if servers else 0
     result["checks"] = [check_server(one, str(kind), rank, list(update), str(peft or "ADAPTER")) for one in servers]
     if merge is not None:
-        compute = str(base.model.dtype).removeprefix("torch.")
+        quant, compute = base.quant, str(base.model.dtype).removeprefix("torch.")
         del base  # before the merged model is loaded: never two models in memory
         gc.collect()
-        check = _MergeCheck(given, compute, device, force)
+        check = _MergeCheck(given, quant, compute, device, force)
         merge_checkpoint(folder, update, merge, dtype=None if dtype == "auto" else dtype, verify=check)
         result["merged"] = {"path": str(merge), **check.found}
     return result
+
+
+def _check_replaceable(place: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a folder to write that holds what is read here: an old one is deleted with all that lies below it."""
+    for held in inputs:
+        if held.resolve().is_relative_to(place.resolve()):
+            raise InputError(f"{place} holds {held}, which it would replace", hint="write to another folder")
 
 
 @dataclass(frozen=True)
@@ -136,9 +144,9 @@ def _answers(base: Base, parts: Sequence[Part], update: Update) -> list[list[_An
 def _alone(base: Base, parts: Sequence[Part]) -> list[bool]:
     """Of each of the parts' questions, whether it is answered by its target under its own part."""
     found: list[list[bool]] = [[] for _ in parts]
-    singles = [i for i, part in enumerate(parts) if len(part.asks) == 1]
-    many = [i for i, part in enumerate(parts) if len(part.asks) > 1]  # of large rank: not beside small ones
-    for chunk in [*(singles[start : start + _CHUNK] for start in range(0, len(singles), _CHUNK)), *([i] for i in many)]:
+    asked = [i for i, part in enumerate(parts) if part.asks]
+    for places in chunks([parts[i].rank for i in asked]):
+        chunk = [asked[place] for place in places]
         update = on_device(base, side_by_side([parts[i].update for i in chunk]))
         asks = [replace(ask, edit=k) for k, i in enumerate(chunk) for ask in parts[i].asks]
         for ask, new in zip(asks, answers(base, asks, update), strict=True):
@@ -212,7 +220,7 @@ def _seen(part: Part, answered: Sequence[_Answer], alone: bool) -> Part:
 
     if info.is_joint:
         parents = tuple(
-            parent.model_copy(update={"took": one.took, "info": parent.info.model_copy(update=seen(one))})
+            parent.model_copy(update={"took": one.alone, "info": parent.info.model_copy(update=seen(one))})
             for parent, one in zip(info.parents, answered, strict=True)
         )
         changes = {"took": all(one.alone for one in answered), "parents": parents}
@@ -226,18 +234,19 @@ class _MergeCheck:
 
     Args:
         given: of each part the answers to its questions, as applied.
+        quant: of the base that gave them.
         compute: the dtype to compute in, that of the base before.
         device: where to.
         force: let it pass.
     """
 
-    def __init__(self, given: Sequence[Sequence[_Answer]], compute: str, device: str, force: bool) -> None:
-        self.given, self.compute, self.device, self.force = given, compute, device, force
+    def __init__(self, given: Sequence[Sequence[_Answer]], quant: str, compute: str, device: str, force: bool) -> None:
+        self.given, self.quant, self.compute, self.device, self.force = given, quant, compute, device, force
         self.found: dict[str, Any] = {}
 
     def __call__(self, folder: Path, merged: Merged) -> None:
         asks = [one.ask for part in self.given for one in part]
-        after = answers(load_base(str(folder), dtype=self.compute, quant="none", device=self.device), asks)
+        after = self._asked(folder, asks)
         took = [matches(new, ask.answer) for ask, new in zip(asks, after, strict=True)]
         seen = zip(took, after, strict=True)
         lost = [self._lost(part, list(islice(seen, len(part)))) for part in self.given]
@@ -251,10 +260,23 @@ class _MergeCheck:
         eaten = any(lost) if asks else merged.kept < _LEAST_KEPT
         if eaten and not self.force:
             example = next(filter(None, lost), "")
+            whole = "" if self.quant == "none" else f" of a base that was asked in {self.quant} and is whole now"
             raise EditFailedError(
-                f"rounding to {merged.dtype} leaves {merged.kept:.0%} of the edit, and it is lost{example}",
-                hint="`--dtype float32` keeps it; `--force` writes the checkpoint all the same",
+                f"rounding to {merged.dtype} leaves {merged.kept:.0%} of the edit{whole}, and it is lost{example}",
+                hint="`--dtype float32` rounds nothing; `--force` writes the checkpoint all the same"
+                + ("" if self.quant == "none" else "; `--quant none` without --merge shows what the patch does"),
             )
+
+    def _asked(self, folder: Path, asks: Sequence[Ask]) -> list[str]:
+        try:
+            return answers(load_base(str(folder), dtype=self.compute, quant="none", device=self.device), asks)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemoryError(
+                f"out of memory: a merged checkpoint is asked before it is kept, whole and in {self.compute}",
+                hint="`--device cpu` asks it in the machine's memory",
+            ) from error
 
     @staticmethod
     def _lost(part: Sequence[_Answer], now: Sequence[tuple[bool, str]]) -> str:

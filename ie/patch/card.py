@@ -8,12 +8,7 @@ from collections.abc import Iterator, Sequence
 from ie.base.model import Base
 from ie.patch.info import PatchInfo
 
-__all__ = ["edits_of", "model_card"]
-
-
-def edits_of(infos: Sequence[PatchInfo]) -> list[PatchInfo]:
-    """The edits of some patches, those in stacks one by one."""
-    return [one for info in infos for one in ([parent.info for parent in info.parents] or [info])]
+__all__ = ["model_card"]
 
 
 def model_card(base: Base, infos: Sequence[PatchInfo], modules: Sequence[str], rank: int) -> str:
@@ -25,7 +20,8 @@ def model_card(base: Base, infos: Sequence[PatchInfo], modules: Sequence[str], r
         modules: paths of the modules that it changes.
         rank: its rank.
     """
-    return "\n".join(_lines(base, edits_of(infos), modules, rank)) + "\n"
+    edits = [one for info in infos for one in ([parent.info for parent in info.parents] or [info])]
+    return "\n".join(_lines(base, edits, modules, rank)) + "\n"
 
 
 def _lines(base: Base, edits: Sequence[PatchInfo], modules: Sequence[str], rank: int) -> Iterator[str]:

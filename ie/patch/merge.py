@@ -39,13 +39,11 @@ class Merged:
     Attributes:
         dtype: of the changed weights.
         kept: share of the update that rounding left, over all modules.
-        least_kept: the smallest share of a module, and its path.
         n_tensors: how many tensors were changed.
     """
 
     dtype: str
     kept: float
-    least_kept: tuple[float, str]
     n_tensors: int
 
 
@@ -63,7 +61,7 @@ def merge_checkpoint(
         source: the base's checkpoint folder.
         update: a single edit (batch of one).
         out: the folder to write.
-        dtype: dtype of all floating-point tensors that are written; None keeps each tensor's own.
+        dtype: dtype of all tensors in fp32, bf16 or fp16 that are written; None keeps each tensor's own.
         verify: called with the written folder before it takes its place; if it raises, nothing is left.
 
     Raises:
@@ -108,11 +106,9 @@ def _is_shared(model: nn.Module, name: str) -> bool:
 def _merged(written: Mapping[str, Written]) -> Merged:
     energy = sum(one.energy for one in written.values())
     kept = sum(one.kept for one in written.values())
-    shares = [(one.kept / one.energy, name) for name, one in written.items() if one.energy]
     return Merged(
         dtype=", ".join(sorted({one.dtype for one in written.values()})),
         kept=kept / energy if energy else 1.0,
-        least_kept=min(shares, default=(1.0, "")),
         n_tensors=len(written),
     )
 

@@ -62,7 +62,7 @@ def rewrite(source: Path, out: Path, changes: Mapping[str, Change], dtype: str |
         source: a safetensors file.
         out: the file to write.
         changes: by the name of the weight; the file may leave out the outermost prefix of it.
-        dtype: of all floating-point tensors that are written; None keeps each tensor's own.
+        dtype: of all tensors in fp32, bf16 or fp16 that are written; None keeps each tensor's own.
 
     Returns:
         For each change whose weight is in this file, what became of it.

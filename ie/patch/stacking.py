@@ -6,7 +6,7 @@ taking an edit out is leaving its rows out, and what remains is, bit for bit, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from ie.patch.lowrank import side_by_side, stack
 from ie.patch.patch import DTYPES, Patch
 from ie.versions import now, versions
 
-__all__ = ["Disturbance", "Part", "disturbances", "on_base", "on_device", "split", "stacked", "without"]
+__all__ = ["Disturbance", "Part", "chunks", "disturbances", "on_base", "on_device", "split", "stacked", "without"]
 
-_CHUNK = 32  # edits that are asked side by side
+_MAX_SIDE_BY_SIDE, _MAX_ROWS = 32, 4096  # edits that are asked at once, and rows of a factor, padding counted
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Part:
     def update(self) -> dict[str, Factors]:
         """The low-rank update, a batch of one."""
         return {name: (a[None], b[None]) for name, (a, b) in self.factors.items()}
+
+    @property
+    def rank(self) -> int:
+        """Its largest, of all modules."""
+        return max((len(a) for a, _ in self.factors.values()), default=0)
 
     @property
     def asks(self) -> list[Ask]:
@@ -195,6 +200,18 @@ def _exact_dtype(parts: Sequence[Part], factors: Mapping[str, tuple[Tensor, Tens
     return "float32"
 
 
+def chunks(ranks: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of updates that are to be held side by side, each padded to the largest rank among them."""
+    chunk: list[int] = []
+    for i in sorted(range(len(ranks)), key=ranks.__getitem__):
+        if chunk and (len(chunk) == _MAX_SIDE_BY_SIDE or (len(chunk) + 1) * ranks[i] > _MAX_ROWS):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
 def disturbances(base: Base, parts: Sequence[Part], disturbed: Sequence[int]) -> list[Disturbance]:
     """Which edits disturb some that take alone but not in company.
 
@@ -212,8 +229,8 @@ def disturbances(base: Base, parts: Sequence[Part], disturbed: Sequence[int]) ->
     pairs = [(i, j) for i in disturbed for j in range(len(parts)) if j != i]
     took: dict[tuple[int, int], bool] = {}
     likelihood: dict[tuple[int, int], float] = {}
-    for start in range(0, len(pairs), _CHUNK):
-        chunk = pairs[start : start + _CHUNK]
+    for places in chunks([parts[i].rank + parts[j].rank for i, j in pairs]):
+        chunk = [pairs[place] for place in places]
         update = on_device(base, side_by_side([stack([parts[i].update, parts[j].update]) for i, j in chunk]))
         asks = [replace(parts[i].asks[0], edit=k) for k, (i, _) in enumerate(chunk)]
         for pair, ask, answer in zip(chunk, asks, answers(base, asks, update), strict=True):

@@ -203,13 +203,20 @@ def test_an_adapter_of_no_base_needs_one(load: Callable[..., Base], tmp_path: Pa
     assert apply_patch([tmp_path / "adapter", tmp_path / "p"])["patches"][0]["took"] is None
 
 
-def test_the_base_itself_is_never_merged_into(load: Callable[..., Base], tmp_path: Path) -> None:
-    base = load("gpt2")
-    save_patch(base, tmp_path / "p")
-    before = files(base.folder)
-    with pytest.raises(InputError, match="is the base model itself"):
-        apply_patch([tmp_path / "p"], merge=base.folder / ".." / base.folder.name, force=True)
-    assert files(base.folder) == before
+@pytest.mark.parametrize("where", ["base", "above the base", "above the patch"])
+@pytest.mark.parametrize("how", ["merge", "peft"])
+def test_what_is_read_is_never_replaced(checkpoint: Callable[..., Path], tmp_path: Path, where: str, how: str) -> None:
+    folder = tmp_path / "run" / "checkpoint"
+    shutil.copytree(checkpoint("gpt2"), folder)
+    base = load_base(str(folder), device="cpu")
+    patch = tmp_path / "patches" / "p"
+    patch.parent.mkdir()
+    save_patch(base, patch)
+    before = files(folder), patch.read_bytes()
+    places = {"base": folder / ".." / "checkpoint", "above the base": tmp_path / "run", "above the patch": patch.parent}
+    with pytest.raises(InputError, match="which it would replace"):
+        apply_patch([patch], **{how: places[where]}, force=True)  # type: ignore[arg-type]
+    assert (files(folder), patch.read_bytes()) == before
 
 
 def test_a_rank_beyond_all_servers_is_refused(load: Callable[..., Base], tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
     "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {"MLP": 2}, "alpha_pattern": {"MLP": 3}},
+    "anchored": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^MLP": 3, "^BLOCK.MLP": 2}},
 }
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # so they are meant here
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_an_adapter_that_peft_trained_is_the_same_as_a_patch(
@@ -36,8 +38,13 @@ def test_an_adapter_that_peft_trained_is_the_same_as_a_patch(
 ) -> None:
     base = load(name)
     modules = ["c_fc", "c_attn"] if name == "gpt2" else ["up_proj", "q_proj"]
+    block = "transformer.h.2" if name == "gpt2" else "model.layers.2"
     own = {
-        key: {f"mlp.{modules[0]}": value["MLP"]} if isinstance(value, dict) else value
+        key: {
+            part.replace("MLP", f"mlp.{modules[0]}").replace("BLOCK", block): number for part, number in value.items()
+        }
+        if isinstance(value, dict)
+        else value
         for key, value in OPTIONS[options].items()
     }
     config = LoraConfig(target_modules=modules, fan_in_fan_out=name == "gpt2", **own)
