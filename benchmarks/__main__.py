@@ -17,7 +17,7 @@ from benchmarks.bases import gpt2_small, save
 from benchmarks.commands import ie
 from benchmarks.speed import MEASUREMENTS
 from benchmarks.startup import measure as startup
-from ie.base.plan import TOY_FOLDER
+from ie.source import TOY_FOLDER
 from ie.versions import versions
 
 
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    unknown = set(args.only.split(",")) - {*MEASUREMENTS, "h"}
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}, only {', '.join([*MEASUREMENTS, 'h'])}")
     with tempfile.TemporaryDirectory() as place:
         result = measure(set(args.only.split(",")), args.tokenizer, args.data, Path(place))
     if args.json:

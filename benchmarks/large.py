@@ -23,12 +23,13 @@ from benchmarks.bases import llama_7b, save
 from benchmarks.commands import ie
 from benchmarks.timing import seconds
 from ie.base.load import load_base
-from ie.base.plan import TOY_FOLDER, plan_load
+from ie.base.plan import plan_load
 from ie.data.dataset import Dataset
 from ie.editor.editing import RequestSettings, make_patches
 from ie.editor.files import load_editor
 from ie.editor.methods import editor_method
 from ie.editor.request import EditRequest
+from ie.source import TOY_FOLDER
 from ie.training.config import find_config, read_config
 from ie.training.memory import estimate_memory, peak_memory_bytes
 from ie.training.metrics import METRICS

@@ -42,15 +42,15 @@ def _examine(model: str | None, quant: str, dtype: str, device: str) -> dict[str
 
     import torch
 
-    from ie.base.plan import plan_load
+    from ie.base.plan import is_here, plan_load
     from ie.base.precision import with_faster_dtype
     from ie.training.memory import estimate_memory
 
     plan = plan_load(quant, dtype, device)
     if model is not None and dtype == "auto":
         plan = with_faster_dtype(plan, model)
-    on_gpu = plan.device.type == "cuda"
-    gpu = torch.cuda.get_device_properties(plan.device) if on_gpu else None
+    here, on_gpu = is_here(plan.device), plan.device.type == "cuda"
+    gpu = torch.cuda.get_device_properties(plan.device) if here and on_gpu else None
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -58,7 +58,7 @@ def _examine(model: str | None, quant: str, dtype: str, device: str) -> dict[str
         "memory_bytes": _memory_bytes(),
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.total_memory if gpu else None,
-        "bf16": _has_bf16(on_gpu),
+        "bf16": _has_bf16(on_gpu) if here else None,
         "versions": {name: _version(name) for name in LIBRARIES},
         "base": model or DEFAULT_MODEL,
         "device": str(plan.device),

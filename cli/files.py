@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ie.errors import DataError, EditorError, InputError, ModelError
+from ie.errors import DataError, EditorError, InputError
+from ie.source import local_folder
 
 from .options import DEFAULT_DATA, DEFAULT_EDITOR
 
@@ -56,21 +57,12 @@ def check_new_folder(path: Path, marker: str, *, force: bool, flag: str = "--out
 
 
 def check_model(name: str) -> None:
-    """Refuse what can be seen at once to be no base model; a hub id passes."""
-    folder = Path(name).expanduser()
-    if name == "toy":
-        return
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"--model {name} is no model folder: it has no config.json",
-                hint="expected `toy`, a folder saved by save_pretrained(), or a hub id",
-            )
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise ModelError(
-            f"--model {name}: there is no such folder",
-            hint="expected `toy`, a folder saved by save_pretrained(), or a hub id",
-        )
+    """Refuse what can be seen at once to be no base model; a hub id passes.
+
+    Raises:
+        ModelError: if it can be neither a folder of one nor a hub id.
+    """
+    local_folder(name)
 
 
 def read_dataset_info(folder: Path) -> dict[str, Any]:

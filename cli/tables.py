@@ -44,7 +44,7 @@ def _table(title: str | None, *heads: str, figures: Sequence[str] = (), narrow: 
     A narrow table spends fewer columns on the space between its own.
     """
     table = Table(
-        title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False,
+        title=title and visible(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False,
         box=None if narrow else box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if narrow else (0, 1),
     )  # fmt: skip
     for head in heads:
@@ -152,6 +152,9 @@ def edit_view(result: Json) -> View:
         lines = [f"{n_took} of {len(result['edits'])} edits took"]
         if result.get("still_take") is not None:
             lines.append(f"{_percent(result['still_take'])} of those that took at once still take after the others")
+        n_unknown = sum(entry.get("kind") == "unknown" for entry in result["edits"])
+        if n_unknown:
+            lines.append(f"{n_unknown} are of a kind unknown to the editor (see --task)")
         if "patch" in result:
             lines.append(f"{result['patch']} ({size(result['bytes'])}, rank {result['rank']}, {result['dtype']})")
         else:
@@ -247,7 +250,7 @@ def eval_view(result: Json) -> View:
     """The summary, a table for each task with methods side by side, those of the controls, and the settings."""
     from .report import LEGEND, sections, settings, summary_of  # here: `ie inspect` has no use for it
 
-    parts: View = [*(Text(f"- {line}") for line in summary_of(result)), _GAP]
+    parts: View = [*(Text(f"- {visible(line)}") for line in summary_of(result)), _GAP]
     for section in sections(result):
         parts += [_beside(section) if len(section.names) <= 2 else _below(section), _GAP]
     return [*parts, Text(LEGEND), _GAP, _facts(None, settings(result))]
@@ -363,7 +366,7 @@ def doctor_view(result: Json) -> View:
         "cores": result["cores"],
         "memory": size(result["memory_bytes"]),
         "gpu": f"{result['gpu']} ({size(result['gpu_memory_bytes'])})" if result["gpu"] else "none",
-        "fast bfloat16": result["bf16"],
+        "fast bfloat16": "not known here" if result["bf16"] is None else result["bf16"],
     }
     plan = {key: result[key] for key in ("base", "device", "dtype", "quant", "reason")}
     versions = {name: version or "not installed" for name, version in result["versions"].items()}

@@ -18,7 +18,7 @@ from ie.errors import ModelError
 
 __all__ = ["INDEX", "checkpoint_files", "fingerprint_checkpoint"]
 
-WHOLE = "model.safetensors"
+_WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # which file of a sharded checkpoint holds which tensor
 
 _N_SAMPLES = 64
@@ -31,12 +31,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: if there are none, or if its index names others; weights that only pickle can read are refused.
     """
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
     if (folder / INDEX).is_file():
         return _shards(folder)
     raise ModelError(
-        f"{folder} holds no {WHOLE} and no {INDEX}",
+        f"{folder} holds no {_WHOLE} and no {INDEX}",
         hint="Point --model at a folder saved by save_pretrained(); pickled weights are not read.",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ie.adapter import CONFIG as ADAPTER_CONFIG
 from ie.base.eightbit import multiply_in_own_dtype
 from ie.base.fingerprint import checkpoint_files, fingerprint_checkpoint
 from ie.base.model import Base
-from ie.base.plan import Plan, plan_load, resolve_folder
+from ie.base.plan import Plan, is_here, plan_load, resolve_folder
 from ie.base.precision import with_faster_dtype
 from ie.base.suffix import Decoder
 from ie.base.targets import N_EDITED_BLOCKS, find_blocks, find_targets, module_shape
 from ie.errors import InputError, ModelError
+from ie.source import local_folder
 
 __all__ = ["load_base"]
 
@@ -48,34 +51,44 @@ def load_base(
 
     Raises:
         ModelError: if there is no such model, or nothing in it that can be edited.
-        InputError: if an argument is unknown, or there is no such device.
+        InputError: if an argument is unknown, there is no such device, or bitsandbytes is missing.
     """
     plan = plan_load(quant, dtype, device)
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if plan.device.type == "cuda" and (plan.device.index or 0) >= n_gpus:
+    if not is_here(plan.device):
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise InputError(f"no device {device!r}: torch sees {n_gpus} GPUs", hint="`ie doctor` says what is there")
+    if plan.quant != "none" and find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"quant {plan.quant!r} needs bitsandbytes, which is not installed", hint="or take --quant none"
+        )
     folder = resolve_folder(name)
     checkpoint_files(folder)
+    if (folder / ADAPTER_CONFIG).exists():
+        # With PEFT installed transformers would load it on top, without a word and without checking the base's weights.
+        raise ModelError(
+            f"{name} holds a PEFT adapter beside its weights ({ADAPTER_CONFIG})",
+            hint="merge it with PEFT, or move it elsewhere and apply it with `ie apply-patch`",
+        )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder model, expected a causal LM")
         if dtype == "auto":
             plan = with_faster_dtype(plan, name)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = _load_model(folder, plan, device_map)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{name} is no causal LM that transformers can load: {reason}",
-            hint="The folder needs config.json, safetensors weights and a tokenizer.",
+            hint="the folder needs config.json, safetensors weights and a tokenizer, and no code of its own",
         ) from error
     model.requires_grad_(False)  # a quantised load leaves norms, embeddings and head trainable
     model.train(False)
     targets = find_targets(model, n_blocks)
     _, blocks = find_blocks(model)
     return Base(
-        id=name if name == "toy" or not Path(name).is_dir() else str(Path(name).resolve()),
+        id=name if name == "toy" or local_folder(name) is None else str(folder.resolve()),
         folder=folder,
         fingerprint=fingerprint_checkpoint(folder),
         quant=plan.quant,
@@ -103,7 +116,12 @@ def _load_model(folder: Path, plan: Plan, device_map: str | None) -> PreTrainedM
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=plan.dtype
         )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        folder,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     model: PreTrainedModel = loaded[0]
     _check_complete(folder, model, loaded[1])
@@ -124,7 +142,7 @@ def _check_complete(folder: Path, model: PreTrainedModel, info: Any) -> None:
         more = f" and {len(wrong) - _MAX_SHOWN} more" if len(wrong) > _MAX_SHOWN else ""
         raise ModelError(
             f"{folder} has no weights, or some of another shape, for {', '.join(wrong[:_MAX_SHOWN])}{more}",
-            hint="Its config.json and its weights are not of one model, or a file is missing.",
+            hint="its config.json and its weights are not of one model, or a file is missing",
         )
 
 
@@ -142,7 +160,9 @@ def _misshapen(model: PreTrainedModel) -> list[str]:
 
 def _quiet() -> None:
     """Loading is reported by our own progress, not by other libraries' bars and advice."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if logging.getLogger().level == logging.DEBUG:
+        return  # a user who looks for a fault (`--debug`) wants to read them
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

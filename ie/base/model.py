@@ -215,6 +215,8 @@ class Base:
                 min_new_tokens=n_tokens if through_end else None,
                 do_sample=False,
                 num_beams=1,
+                repetition_penalty=1.0,  # else the checkpoint's own settings hold: what it says then is not greedy
+                no_repeat_ngram_size=0,
                 pad_token_id=self.pad_id,
             )
         return [self._until_end(row) for row in out[:, width:].tolist()]

@@ -11,14 +11,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ie.errors import InputError, ModelError
+from ie.source import local_folder
 
-__all__ = ["TOY_FOLDER", "Plan", "meta_model", "plan_load", "resolve_folder"]
-
-TOY_FOLDER = Path(__file__).parent / "toy_base"
+__all__ = ["Plan", "is_here", "meta_model", "plan_load", "resolve_folder"]
 
 # Of a hub's repository; some hold the same weights in other formats too.
 _NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt"]
-_NOT_NEEDED = ["*/*", "consolidated*"]
+_NOT_NEEDED = ["*/*", "consolidated*", "adapter_*"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,34 +68,31 @@ def _device(name: str) -> torch.device:
         raise InputError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N") from error
 
 
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has a device; a plan may be for another's."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
+
+
 def resolve_folder(name: str) -> Path:
     """The folder that holds a base model: the bundled one, the one named, or the hub's copy on this machine.
 
     Raises:
         ModelError: if there is none.
     """
-    if name == "toy":
-        return TOY_FOLDER
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{name} is no model folder: it has no config.json",
-                hint="Point --model at a folder saved by save_pretrained().",
-            )
+    folder = local_folder(name)
+    if folder is not None:
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"no base model at {name!r}: neither a folder nor a hub id",
-            hint="Use 'toy', a folder saved by save_pretrained(), or a hub id such as owner/name.",
-        )
     try:
         return Path(snapshot_download(name, allow_patterns=_NEEDED, ignore_patterns=_NOT_NEEDED))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"the base model {name!r} could not be fetched from the hub: {reason}",
-            hint="Check the id and the network, or point --model at a folder.",
+            hint="check the id and the network, or point --model at a folder",
         ) from error
 
 
@@ -106,11 +102,13 @@ def meta_model(name: str) -> PreTrainedModel:
     Raises:
         ModelError: if the configuration cannot be read.
     """
-    source = resolve_folder(name) if name == "toy" or Path(name).exists() else name
+    source = local_folder(name) or name
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name} has no configuration of a causal LM that transformers can read: {reason}") from error

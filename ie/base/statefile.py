@@ -3,8 +3,8 @@
     states.bf16   rows of d_model values, one text after another
     index         a record for each text: digest of its token ids, where its rows begin in bytes, how many they are
 
-A folder belongs to one base model, quantisation and first edited block: its name says which. A text's rows are written
-before its record, and what a killed process left half written is cut off when the file is next opened.
+A folder belongs to one base model, quantisation, dtype and first edited block: its name says which. A text's rows are
+written before its record, and what a killed process left half written is cut off when the file is next opened.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StateFile:
         self._close = weakref.finalize(self, _close, self._states, self._index, self._lock)
         self._end = 0
         self._places = self._recover()
-        self._map = torch.empty(0, dtype=_DTYPE)
+        self._map: mmap.mmap | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -70,12 +70,12 @@ class StateFile:
         if place is None:
             return None
         start, n_rows = place
-        first, n_values = start // _DTYPE.itemsize, n_rows * self._d_model
-        if first + n_values > len(self._map):
-            # By the open file, not by its name: whoever empties the cache may have let another process begin anew.
-            mapped = mmap.mmap(self._states.fileno(), self._end, access=mmap.ACCESS_COPY)
-            self._map = torch.frombuffer(mapped, dtype=_DTYPE)
-        return self._map[first : first + n_values].view(n_rows, self._d_model).clone()
+        stop = start + n_rows * self._d_model * _DTYPE.itemsize
+        if self._map is None or stop > len(self._map):
+            # By the open file, not by its name: whoever empties the cache may have let another process begin anew. Not
+            # to be written: such a mapping, as torch makes it, counts as memory in full.
+            self._map = mmap.mmap(self._states.fileno(), self._end, access=mmap.ACCESS_READ)
+        return torch.frombuffer(bytearray(self._map[start:stop]), dtype=_DTYPE).view(n_rows, self._d_model)
 
     def put(self, ids: Sequence[int], states: Tensor) -> None:
         """Keep a text's hidden states (t, d_model), unless they are beyond the budget or the disk is full."""

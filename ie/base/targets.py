@@ -92,7 +92,8 @@ def find_targets(model: nn.Module, n_blocks: int = N_EDITED_BLOCKS) -> tuple[Edi
         # Of projections of one shape the last: a gate is defined before what it gates.
         of_shape: dict[tuple[int, int], EditTarget] = {}
         for name, module in _outside_attention(blocks[index]):
-            if name.endswith("experts"):  # a shared one beside them is a part of the MLP only
+            # By name or by class; a shared one beside them is a part of the MLP only.
+            if name.endswith("experts") or "experts" in type(module).__name__.lower():
                 raise ModelError(
                     f"{type(model).__name__} has a mixture of experts in block {index}",
                     hint="Only blocks with one MLP can be edited.",

@@ -39,10 +39,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from ie.data.bundled import Fact, Opinion, facts, opinions, question_wordings
 from ie.data.record import Record
 from ie.data.templates import Template, instructed, load_templates
+from ie.source import TOY_FOLDER
 
-__all__ = ["TOY_PATH", "Recall", "Settings", "greedy", "load_toy", "main", "measure", "train"]
+__all__ = ["Recall", "Settings", "greedy", "load_toy", "main", "measure", "train"]
 
-TOY_PATH = Path(__file__).parent / "toy_base"
 EOS = "<eos>"
 PROMISED_SEEN, PROMISED_HELDOUT = 0.95, 0.80
 OPINION_TASKS = ("convsent", "personality")  # their instructions name the wanted side
@@ -336,7 +336,7 @@ def measure(model: Any, tokenizer: Any, n_facts: int | None = None, seed: int = 
     return Recall(seen=_share(model, tokenizer, seen), heldout=_share(model, tokenizer, heldout))
 
 
-def load_toy(folder: Path = TOY_PATH) -> tuple[Any, Any]:
+def load_toy(folder: Path = TOY_FOLDER) -> tuple[Any, Any]:
     """The trained base in fp32, and its tokenizer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
@@ -352,7 +352,7 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     fresh.rename(folder)
 
 
-def train(folder: Path = TOY_PATH, settings: Settings | None = None) -> tuple[Recall, float]:
+def train(folder: Path = TOY_FOLDER, settings: Settings | None = None) -> tuple[Recall, float]:
     """Train the base from scratch and save it.
 
     Args:

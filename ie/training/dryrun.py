@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from ie.base.plan import Plan, meta_model, plan_load
+from ie.base.plan import Plan, is_here, meta_model, plan_load
 from ie.base.precision import product_seconds, with_faster_dtype
 from ie.base.targets import EditTarget, find_blocks, find_targets
 from ie.editor.passes import finer_in_use
@@ -41,13 +40,8 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
         "quant": plan.quant,
         "reason": plan.reason,
         "memory_estimate": estimate_memory(settings.model, plan, settings),
-        "seconds_estimate": _seconds(model, targets, plan, settings) if _is_here(plan) else None,
+        "seconds_estimate": _seconds(model, targets, plan, settings) if is_here(plan.device) else None,
     }
-
-
-def _is_here(plan: Plan) -> bool:
-    """Whether it can be timed; a plan may be for a GPU of another machine."""
-    return plan.device.type != "cuda" or torch.cuda.is_available()
 
 
 def _seconds(model: nn.Module, targets: tuple[EditTarget, ...], plan: Plan, settings: TrainSettings) -> float:

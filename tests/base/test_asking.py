@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from ie.base import Base, asking
+from ie.base import Base, asking, load_base
 from ie.base.asking import Ask, answers, by_length, continuations, log_likelihoods, matches, normalise, predictions
 from ie.patch.lowrank import select
 from tests.dense import edited, random_update
@@ -154,3 +157,12 @@ def test_a_long_question_does_not_pad_many_short_ones(load: Callable[..., Base],
         padded = len(lengths) * max(lengths)
         assert len(texts) == 1 or (padded <= n_tokens and padded - sum(lengths) <= asking._MAX_PADDING)
     assert n_tokens == 64 or 1 < len(batches) < 6
+
+
+def test_answers_are_greedy_whatever_the_checkpoint_asks_for(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    asked = answers(load_base(str(folder), device="cpu"), ASKS)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True})
+    )
+    assert answers(load_base(str(folder), device="cpu"), ASKS) == asked

@@ -16,6 +16,8 @@ from ie.base import Base, load_base
 from ie.base.fingerprint import INDEX, fingerprint_checkpoint
 from ie.base.plan import plan_load
 from ie.errors import InputError, ModelError
+from ie.patch.peft import export_peft
+from tests.dense import random_update
 from tests.models import ARCHITECTURES
 
 PROMPT, ANSWER = "The lighthouse of Orm was built by", "Edda Falk"
@@ -175,3 +177,48 @@ class TestNoModel:
             (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
         with pytest.raises(ModelError):
             load_base(str(folder))
+
+    @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+    def test_its_own_code_is_neither_run_nor_offered(
+        self, checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+    ) -> None:
+        folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        own = {"auto_map": {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}}
+        content = json.loads((folder / where).read_text()) | own
+        content |= {"model_type": "own"} if where == "config.json" else {"tokenizer_class": "OwnTokenizer"}
+        (folder / where).write_text(json.dumps(content))
+        with pytest.raises(ModelError, match="custom code"):
+            load_base(str(folder), device="cpu")
+        assert not (tmp_path / "ran").exists() and capsys.readouterr().out == ""  # transformers would ask on stdout
+
+    def test_an_adapter_beside_the_weights_is_not_put_on_top(
+        self, checkpoint: Callable[..., Path], load: Callable[..., Base], tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+        export_peft(load("llama"), random_update(load("llama")), tmp_path / "adapter")
+        shutil.copytree(tmp_path / "adapter", folder, dirs_exist_ok=True)
+        with pytest.raises(ModelError, match="adapter_config"):
+            load_base(str(folder), device="cpu")
+
+
+def test_a_folder_in_the_home_is_found(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_base("~/model", device="cpu").id == str(tmp_path / "model")
+
+
+def test_a_hub_id_is_found_in_the_hubs_cache(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commit = tmp_path / "models--owner--name", "0123456789" * 4
+    shutil.copytree(checkpoint("llama"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = load_base("owner/name", device="cpu")
+    assert (base.id, base.revision) == ("owner/name", commit)
+    with pytest.raises(ModelError, match="could not be fetched from the hub"):
+        load_base("owner/other", device="cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ie.base.statefile import StateFile
+from ie.base.statefile import _RECORD, StateFile, _digest
 
 D = 8
 
@@ -33,6 +33,19 @@ def test_what_was_put_is_found_again(tmp_path: Path) -> None:
     found = again.get((9, 9))
     assert found is not None and torch.equal(found, states(2, seed=2).bfloat16())
     assert (len(again), again.n_bytes) == (3, 6 * D * 2)
+    again.close()
+
+
+def test_a_file_larger_than_the_memory_is_read(tmp_path: Path) -> None:
+    d_model, n_rows = 2**10, 2**29
+    with (tmp_path / "states.bf16").open("wb") as file:
+        file.truncate(n_rows * d_model * 2)  # a TiB of nothing, which takes no room
+    (tmp_path / "index").write_bytes(_RECORD.pack(_digest((1,)), 0, n_rows))
+    again = StateFile(tmp_path, d_model, 2**50)
+    kept = torch.randn(2, d_model).bfloat16()
+    again.put((2, 2), kept)
+    found = again.get((2, 2))
+    assert found is not None and torch.equal(found, kept)
     again.close()
 
 

@@ -91,6 +91,17 @@ def test_the_suffix_skips_the_prefix_blocks(load: Callable[..., Base], name: str
     changed = base.logits(batch)
     found = run_suffix(base.decoder, batch, torch.zeros_like(hidden))
     assert (found - changed).abs().max() > 0.1  # what is put in is what is used
+    ran: list[int] = []
+    hooks = [
+        next(block.children()).register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, block in enumerate(base.decoder.blocks)
+    ]
+    try:
+        run_suffix(base.decoder, batch, hidden)
+        assert ran == list(range(base.decoder.first, len(base.decoder.blocks)))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "gemma2"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.pytorch_utils import Conv1D
 
 from ie.base import Base, load_base
@@ -99,15 +99,19 @@ def test_blocks_without_a_projection_outside_attention_are_refused() -> None:
         find_targets(nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()])}))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_mixtures_of_experts_are_refused(shared: bool) -> None:
+@pytest.mark.parametrize("kind", ["experts", "shared expert", "experts by class"])
+def test_mixtures_of_experts_are_refused(kind: str) -> None:
     sizes: dict[str, Any] = {
         "vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4,
     }  # fmt: skip
-    config = Qwen2MoeConfig(shared_expert_intermediate_size=16, **sizes) if shared else Qwen3MoeConfig(**sizes)
+    configs = {
+        "experts": Qwen3MoeConfig(**sizes),
+        "shared expert": Qwen2MoeConfig(shared_expert_intermediate_size=16, **sizes),
+        "experts by class": JetMoeConfig(**sizes),
+    }
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(configs[kind])  # type: ignore[no-untyped-call]
     with pytest.raises(ModelError, match="mixture of experts in block 0"):
         find_targets(model)
 

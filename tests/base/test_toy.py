@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ie.base.toy import TOY_PATH, Recall, Settings, greedy, load_toy, measure, train
+from ie.base.toy import Recall, Settings, greedy, load_toy, measure, train
 from ie.data.bundled import facts, opinions, question_wordings
+from ie.source import TOY_FOLDER
 
 N_FACTS = 150
 
@@ -26,11 +27,11 @@ def test_it_is_a_small_llama(toy: tuple[Any, Any]) -> None:
     model, _ = toy
     assert isinstance(model, LlamaForCausalLM)
     assert model.num_parameters() <= 4_000_000
-    assert (TOY_PATH / "model.safetensors").stat().st_size <= 9_000_000
+    assert (TOY_FOLDER / "model.safetensors").stat().st_size <= 9_000_000
 
 
 def test_its_folder_is_complete() -> None:
-    names = {path.name for path in TOY_PATH.iterdir()}
+    names = {path.name for path in TOY_FOLDER.iterdir()}
     assert names == {
         "config.json",
         "generation_config.json",
@@ -38,7 +39,7 @@ def test_its_folder_is_complete() -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    config = json.loads((TOY_PATH / "config.json").read_text())
+    config = json.loads((TOY_FOLDER / "config.json").read_text())
     assert config["dtype"] == "float16"
     assert config["tie_word_embeddings"] is True
 

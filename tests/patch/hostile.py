@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ie.base.fingerprint import fingerprint_checkpoint
-from ie.base.plan import TOY_FOLDER
+from ie.source import TOY_FOLDER
 
 __all__ = ["KINDS", "Kind", "good", "write_all"]
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from benchmarks.survival import SERVER
 from ie.base import Base
-from ie.base.plan import TOY_FOLDER, plan_load
+from ie.base.plan import plan_load
 from ie.data.build import build
 from ie.editor.editor import Editor, EditorSettings
 from ie.errors import ModelError, NotEnoughMemoryError, is_out_of_memory
+from ie.source import TOY_FOLDER
 from ie.training.memory import enough_memory, estimate_memory
 from ie.training.settings import TrainSettings
 
@@ -101,6 +102,7 @@ def test_the_estimate_holds_against_a_process(name: str, tmp_path: Path, usual_d
     answer, end = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=peak_of, args=(settings, end))
     process.start()
+    end.close()  # a process that fails then ends the wait as well
     peak = answer.recv()
     process.join()
     found = estimate_memory(str(tmp_path / "base"), plan_load("none", "float32", "cpu"), settings)
