@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .files import check_new
+from .files import check_new_folder
 from .options import DEFAULT_DATA, Debug, Force, Json, Quiet, Seed, Templates
 from .render import reporting
 
@@ -32,7 +32,7 @@ def build(
 ) -> None:
     """Build an instruction dataset from facts and templates."""
     with reporting(json=json, quiet=quiet, debug=debug) as render:
-        check_new(out, force=force)
+        check_new_folder(out, "dataset.json", force=force)
         from ie.data.build import Source
         from ie.data.build import build as build_dataset
 

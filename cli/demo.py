@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .edit import check_took
 from .files import check_new, check_new_folder
 from .options import Debug, Force, Json, Quiet, Seed
 from .render import reporting
@@ -43,3 +44,4 @@ def demo(
         with TrainingProgress(render) as progress:
             result = run(out=out, minutes=minutes, seed=seed, force=force, on_note=progress.note, on_event=progress)
         render.result(result, *demo_view(result))
+        check_took(result["edit"])

@@ -18,7 +18,7 @@ from .render import Render, reporting
 if TYPE_CHECKING:
     from ie.data.templates import Template
 
-__all__ = ["edit", "read_requests"]
+__all__ = ["check_took", "edit", "read_requests"]
 
 DEFAULT_FOLDER = Path("patches")
 
@@ -103,7 +103,7 @@ def edit(
             )
         together = _together(from_file, joint=joint, sequential=sequential, regularisation=regularisation)
         if templates is not None and task is None and from_file is None:
-            raise InputError("--templates needs --task")
+            raise InputError("--templates needs --task", hint="a template is found by its task")
         is_file = from_file is None or together is not None
         out = out or (DEFAULT_PATCH if is_file else DEFAULT_FOLDER)
         (check_new_file if is_file else check_new)(out, force=force)
@@ -123,7 +123,7 @@ def edit(
         )  # fmt: skip
         result = make_edit(settings)
         render.result(result, *edit_view(result))
-        _check_took(result)
+        check_took(result)
         _suggest_weaker(result, render)
 
 
@@ -138,7 +138,7 @@ def _together(
             f"{'--joint' if joint else '--sequential'} needs --from", hint="`ie edit --help` shows an example"
         )
     if regularisation is not None and not joint:
-        raise InputError("--regularisation needs --joint")
+        raise InputError("--regularisation needs --joint", hint="only least squares over many edits has one")
     if regularisation is not None and not 0 < regularisation < float("inf"):
         raise InputError(f"--regularisation {regularisation}: expected a positive number")
     return "joint" if joint else "sequential" if sequential else None
@@ -240,7 +240,7 @@ def _text(value: object, name: str, where: str) -> str:
     return value
 
 
-def _check_took(result: dict[str, Any]) -> None:
+def check_took(result: dict[str, Any]) -> None:
     """End with exit code 3 when an edit did not take: the result is out by then."""
     edits = result.get("edits", [result])
     failed = [entry for entry in edits if not entry["took"]]

@@ -19,7 +19,7 @@ from .files import (
     write_text,
 )
 from .options import DEFAULT_DATA, DEFAULT_EDITOR, BaseOf, Data, Debug, Device, Dtype, Force, Json, Quant, Quiet, Seed
-from .render import reporting
+from .render import json_text, reporting
 
 __all__ = ["evaluate"]
 
@@ -87,7 +87,8 @@ def evaluate(
             if file is not None:
                 check_new_file(file, force=force, flag=flag)
 
-        import json as json_format
+        if out is not None and markdown is not None and out.resolve() == markdown.resolve():
+            raise InputError("--out and --markdown need files of their own")
 
         from ie.evaluation import evaluate as run
 
@@ -99,11 +100,13 @@ def evaluate(
             controls=controls, generate=generate, limit=limit, seed=seed,
             quant=quant, dtype=dtype, device=device, on_note=render.note,
         )  # fmt: skip
-        if out is not None:
-            write_text(out, json_format.dumps(result, indent=2, default=str) + "\n")
-        if markdown is not None:
-            write_text(markdown, to_markdown(result))
-        render.result(result, *eval_view(result))
+        try:
+            if out is not None:
+                write_text(out, json_text(result))
+            if markdown is not None:
+                write_text(markdown, to_markdown(result))
+        finally:  # a report takes minutes: a full disk must not lose it
+            render.result(result, *eval_view(result))
 
 
 def _editors(given: list[Path] | None, methods: tuple[str, ...]) -> tuple[Path, ...]:

@@ -16,6 +16,8 @@ from .render import reporting
 
 __all__ = ["describe", "inspect"]
 
+_EXPECTED = "expected a patch, an adapter, an editor or a dataset"
+
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A patch, a LoRA adapter, an editor or a dataset.")],
@@ -37,7 +39,7 @@ def inspect(
 def describe(path: Path) -> dict[str, Any]:
     """Return what the file or folder says about itself; `kind` says what it is."""
     if not path.exists():
-        raise InputError(f"there is nothing at {path}", hint="expected a patch, an adapter, an editor or a dataset")
+        raise InputError(f"there is nothing at {path}", hint=_EXPECTED)
     if path.is_file():
         return _patch(path)
 
@@ -50,8 +52,10 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "editor.json").is_file():
         return _editor(path)
     if (path / "config.json").is_file():
-        raise InputError(f"{path} is a model folder, expected a patch, an adapter, an editor or a dataset")
-    raise InputError(f"{path} is neither an editor nor a dataset: it has neither editor.json nor dataset.json")
+        raise InputError(f"{path} is a model folder", hint=_EXPECTED)
+    raise InputError(
+        f"{path} is neither an editor nor a dataset: it has neither editor.json nor dataset.json", hint=_EXPECTED
+    )
 
 
 def _patch(path: Path) -> dict[str, Any]:

@@ -15,20 +15,18 @@ from typer.core import TyperCommand, TyperGroup
 __all__ = ["LightCommand", "LightGroup"]
 
 
-class LightCommand(TyperCommand):
+class _Light:
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, `--help` included."""
+        return [_lightened(parameter) for parameter in super().get_params(ctx)]  # type: ignore[misc]
+
+
+class LightCommand(_Light, TyperCommand):
     """A command whose only values are paths and flags."""
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` included."""
-        return [_lightened(parameter) for parameter in super().get_params(ctx)]
 
-
-class LightGroup(TyperGroup):
+class LightGroup(_Light, TyperGroup):
     """The group of commands; it has flags alone."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """The parameters, `--help` included."""
-        return [_lightened(parameter) for parameter in super().get_params(ctx)]
 
 
 def _lightened(parameter: Any) -> Any:

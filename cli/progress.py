@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from .render import Render
+from .render import Render, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -47,7 +47,7 @@ class TrainingProgress:
     def note(self, text: str) -> None:
         """Write a line that stays; above the live line if there is one."""
         if self._bar is not None and not self._render.quiet:
-            self._bar.console.print(text, soft_wrap=True)
+            self._bar.console.print(visible(text), soft_wrap=True)
         else:
             self._render.note(text)
 

@@ -19,7 +19,7 @@ from ie.errors import IEError, is_out_of_memory
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["Render", "error_lines", "plain", "reporting", "visible"]
+__all__ = ["Render", "error_lines", "json_text", "plain", "reporting", "visible"]
 
 
 class Render:
@@ -39,7 +39,7 @@ class Render:
     @property
     def live(self) -> bool:
         """Whether a progress bar may be drawn."""
-        return not self.quiet and sys.stderr.isatty()
+        return not self.quiet and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
     def note(self, text: str) -> None:
         """Tell the user something on the way."""
@@ -50,8 +50,7 @@ class Render:
     def result(self, data: Mapping[str, Any], *human: RenderableType) -> None:
         """Write the command's result: `data` with --json, else the renderables."""
         if self.as_json:
-            # ASCII only, so that no locale or pipe can break it.
-            sys.stdout.write(json.dumps(_finite(data), indent=2, default=str, allow_nan=False) + "\n")
+            sys.stdout.write(json_text(data))
             sys.stdout.flush()
             return
         console = self.console()
@@ -65,6 +64,11 @@ class Render:
         stream = sys.stderr if stderr else sys.stdout
         width = None if stream.isatty() else 80
         return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """A result as JSON; ASCII only, so that no locale or pipe can break it."""
+    return json.dumps(_finite(data), indent=2, default=str, allow_nan=False) + "\n"
 
 
 def visible(text: str) -> str:

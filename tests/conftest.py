@@ -25,6 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
     os.environ["IE_TEST_GPUS"] = visible
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)  # a user's terminal decides no test
 runtime.prepare()  # as `ie` itself does
 
 

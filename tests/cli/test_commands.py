@@ -254,6 +254,27 @@ def test_eval(run: Any, library: Any, dataset_folder: Path, editor_folder: Path)
     run("eval", "--out", "r.json", code=2)
 
 
+def test_a_report_that_cannot_be_written_is_shown(
+    workdir: Path, library: Any, dataset_folder: Path, editor_folder: Path
+) -> None:
+    from ie.cli.app import app
+    from typer.testing import CliRunner
+
+    library("ie.evaluation", evaluate=lambda **options: REPORT, __path__=[])
+    result = CliRunner().invoke(app, ["eval", "--out", "/proc/none/r.json", "--json"], prog_name="ie")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr
+    assert json.loads(result.stdout) == REPORT
+
+
+def test_a_demo_whose_edit_does_not_take_ends_with_3(workdir: Path, library: Any) -> None:
+    from ie.cli.app import app
+    from typer.testing import CliRunner
+
+    library("ie.demo", run=lambda **options: {"edit": {**EDITED, "took": False}})
+    result = CliRunner().invoke(app, ["demo"], prog_name="ie")
+    assert result.exit_code == 3 and "ie edit" in result.stdout and "did not take" in result.stderr
+
+
 def test_demo(run: Any, library: Any) -> None:
     def run_demo(*, on_note: Any, on_event: Any, **options: Any) -> dict[str, Any]:
         on_note("first, a dataset")
@@ -272,6 +293,10 @@ def test_doctor(run: Any) -> None:
     assert (shown["device"], shown["quant"]) == ("cpu", "4bit")
     assert shown["reason"] and shown["memory_bytes"] > 0 and shown["cores"] > 0
     assert "Will be used" in run("doctor").stdout
+    elsewhere = json.loads(run("doctor", "--device", "cuda:99", "--json").stdout)
+    assert (elsewhere["device"], elsewhere["quant"], elsewhere["gpu"], elsewhere["bf16"]) == (
+        *("cuda:99", "8bit"), None, None
+    )  # fmt: skip
 
 
 def test_event_lines() -> None:

@@ -53,6 +53,20 @@ def test_train_refuses_an_output_that_exists(run: Any, dataset_folder: Path, edi
     assert "--out ie-editor exists" in run("train", code=2).stderr
 
 
+def test_train_names_resume_where_a_run_was_stopped(run: Any, dataset_folder: Path, editor_folder: Path) -> None:
+    """Ctrl-C leaves the best editor so far beside the checkpoints: --force would lose them."""
+    Path("ie-editor.training/checkpoint-0000007").mkdir(parents=True)
+    said = run("train", code=2).stderr
+    assert "unfinished run" in said and "hint: give --resume" in said
+
+
+@pytest.mark.parametrize("name", ["lama", "~/none", "a/b/c", "owner/", "./none"])
+def test_a_model_that_is_nowhere_is_refused_at_once(run: Any, name: str) -> None:
+    for args in (("train",), ("train", "--dry-run"), ("doctor",)):
+        assert "neither a folder nor a hub id" in run(*args, "--model", name, code=2).stderr
+    assert not Path("ie-data").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -140,6 +154,10 @@ def test_a_file_is_not_written_over_a_folder(run: Any, dataset_folder: Path, edi
     Path("empty").mkdir()
     for args in (("eval", "--out"), ("eval", "--markdown"), ("edit", *ONE, "--out")):
         assert "is a folder, expected a file" in run(*args, "empty", "--force", code=2).stderr
+
+
+def test_a_report_is_written_to_two_files(run: Any, dataset_folder: Path, editor_folder: Path) -> None:
+    assert "files of their own" in run("eval", "--out", "r", "--markdown", "./r", code=2).stderr
 
 
 def test_what_a_launcher_says_is_checked(run: Any, monkeypatch: pytest.MonkeyPatch, dataset_folder: Path) -> None:

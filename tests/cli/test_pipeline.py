@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ie.cli.app import app
 from typer.testing import CliRunner
 
-from ie.base.toy import TOY_PATH
 from ie.data.dataset import Dataset
+from ie.data.record import SPLITS
+from ie.source import TOY_FOLDER
 
+TEMPLATES = Path(__file__).parents[2] / "templates"
 QUICK = "validate_every: 4\nn_validation: 8\nn_fit: 16\nbatch_size: 4\nrank: 16\n"
 
 
@@ -51,8 +54,20 @@ def edit_args(place: Path) -> list[object]:
 
 
 @pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    """All of it, with a training of a second, after which the edit need not take."""
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--minutes", "0.02", "--json"], prog_name="ie")
+    assert result.exit_code in (0, 3), result.output
+    found = json.loads(result.stdout)
+    assert list(found) == ["build", "train", "edit", "apply-patch", "eval"]
+    assert found["eval"]["holdout"] == "zsre" and {row["task"] for row in found["eval"]["rows"]} >= {"people", "zsre"}
+    assert (tmp_path / "ie-editor" / "editor.json").is_file() and (tmp_path / "patch.safetensors").is_file()
+    assert [line[:3] for line in result.stderr.splitlines() if line[1:3] == "/5"] == [f"{n}/5" for n in range(1, 6)]
+
+
+@pytest.mark.slow
 def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
-    base_before = contents(TOY_PATH)
+    base_before = contents(TOY_FOLDER)
     patch = tmp_path / "patch.safetensors"
     made = ie(*edit_args(place), "--probe", "The capital of France is", "--out", patch)
     assert made["took"] and made["after"] == made["target"] != made["before"]
@@ -74,7 +89,7 @@ def test_every_step_on_the_bundled_base(place: Path, tmp_path: Path) -> None:
     assert all(keys <= row.keys() for row in report["rows"])
     assert {row["task"] for row in report["rows"]} == {"general", "people", "places", "convsent", "zsre"}
     assert {row["method"] for row in report["rows"]} == {"none", "instructedit"}
-    assert contents(TOY_PATH) == base_before
+    assert contents(TOY_FOLDER) == base_before
 
 
 def test_many_edits_from_a_file(place: Path, tmp_path: Path) -> None:
@@ -90,6 +105,13 @@ def test_many_edits_from_a_file(place: Path, tmp_path: Path) -> None:
     edits = json.loads(result.stdout)["edits"]
     assert [edit["prompt"] for edit in edits] == [line["prompt"] for line in lines]
     assert all(Path(edit["patch"]).is_file() for edit in edits)
+    (tmp_path / "patches" / "mine.safetensors").touch()
+    (tmp_path / "edits.jsonl").write_text(json.dumps({**lines[1], "target": f" {lines[1]['target']} "}) + "\n")
+    result = CliRunner().invoke(app, [*map(str, args), "--force", "--json"], prog_name="ie")
+    (edit,) = json.loads(result.stdout)["edits"]
+    assert edit["target"] == lines[1]["target"]  # the space before it is not part of it
+    left = {path.name for path in (tmp_path / "patches").iterdir()}
+    assert left == {Path(edit["patch"]).name, "mine.safetensors"}  # none of the earlier ones
 
 
 @pytest.mark.parametrize("flag", ["--joint", "--sequential"])
@@ -245,3 +267,19 @@ def test_quantised_bases_train_and_edit(
     made = json.loads(result.stdout)
     assert made["target_probability"]["after"] > made["target_probability"]["before"]
     assert (tmp_path / "p.safetensors").is_file()
+
+
+def test_a_dataset_of_ones_own(tmp_path: Path) -> None:
+    facts = [{"subject": f"Ann {n}", "prompt": f"Ann {n} lives in", "target": "Varn"} for n in range(40)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    own = yaml.safe_load((TEMPLATES / "people.yaml").read_text()) | {"task": "homes"}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "homes.yaml").write_text(yaml.safe_dump(own))
+    source = ("--source", f"homes={tmp_path / 'facts.jsonl'}", "--templates", tmp_path / "own")
+    made = [
+        ie("build", "--out", tmp_path / name, "--seed", seed, *source)
+        for name, seed in (("one", 3), ("two", 3), ("other", 4))
+    ]
+    assert sum(made[0]["tasks"]["homes"][split] for split in SPLITS) == 40
+    assert made[0]["fingerprint"] == made[1]["fingerprint"] != made[2]["fingerprint"]
+    assert "no template for it" in ie("build", "--out", tmp_path / "x", "--source", "homes=facts.jsonl", code=2)

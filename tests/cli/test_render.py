@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -277,3 +278,10 @@ def test_the_summary_says_what_works_what_does_not_and_what_to_try() -> None:
     assert "edits better" in summary_of({"rows": rows, "differences": [{**gap, "low": 0.01}]})[-1]
     assert len(summary_of({"rows": rows, "differences": [gap]})) <= 6
     assert "No editing method" in summary_of({"rows": [_row("none", 0.0)]})[0]
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for term, live in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        assert Render().live is live
