@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.reference import Reference
-from benchmarks.workload import SETTINGS, Training, draw_episodes
+from benchmarks.workload import SETTINGS, Training, draw_episodes, moved_editor
 from ie.base.load import load_base
 from ie.base.plan import meta_model, plan_load
 from ie.base.targets import find_targets
@@ -28,7 +28,8 @@ _N_BATCHES = 4
 def train_ours(folder: Path, data: Path) -> None:
     """Steps of a default editor."""
     batches = draw_episodes(data, _N_BATCHES)
-    run = Training(load_base(str(folder), quant="none"), batches)
+    base = load_base(str(folder), quant="none")
+    run = Training(base, moved_editor(base, batches))
     for episodes in batches:
         run.step(episodes)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.commands import ie
-from benchmarks.verdict import CONFLICTING, JUDGED, shortfalls, tables
+from benchmarks.verdict import CONFLICTING, JUDGED, SPECIALISTS, shortfalls, tables
 
 # Of zsre those of its test records that the base has read: its answers to what it cannot answer change with any edit.
 SOURCES = (
@@ -39,12 +39,10 @@ SOURCES = (
 SCOPES = tuple(f"{task}=counterfact/counterfact-{part}.json" for task in CONFLICTING for part in ("train", "val"))
 
 CONFIG = "published-facts"
-# zsre is held out and has no specialist: no editor may have seen it.
 COMPARED: dict[str, tuple[str, ...]] = {
     "instructedit": (),
     "mend": ("--method", "mend"),
-    "only-counterfact": ("--tasks", "counterfact"),
-    "only-recent": ("--tasks", "recent"),
+    **{f"only-{task}": ("--tasks", task) for task in SPECIALISTS},
 }
 EDITORS = {**COMPARED, "scopes": ("--data", "scopes")}
 OF_ALL_TASKS = ("instructedit", "mend")
@@ -75,12 +73,13 @@ def build(folder: Path, published: Path) -> None:
 
 
 def train(folder: Path, base: Path, name: str, seed: int, minutes: float, *more: str) -> None:
-    """An editor of a method or a specialist, unless it is there already."""
+    """An editor of a method or a specialist, unless it is there already; one that was stopped goes on."""
     out = f"{name}-{seed}"
-    if not (folder / out / "editor.json").exists():
+    begun = (folder / f"{out}.training").exists()
+    if begun or not (folder / out / "editor.json").exists():
         common = ("--model", str(base.resolve()), "--data", "data", "--out", out, "--seed", str(seed))
         config = ("--config", CONFIG, "--minutes", str(minutes), "--steps", "1000000")
-        ie(folder, "train", *common, *config, "--force", *more, threads=THREADS)
+        ie(folder, "train", *common, *config, "--resume" if begun else "--force", *more, threads=THREADS)
 
 
 def train_all(folder: Path, base: Path, seeds: Sequence[int], minutes: float) -> None:

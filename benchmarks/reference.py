@@ -1,4 +1,5 @@
-"""A plain reference: one edit at a time, as published code makes it (MEND, and InstructEdit in EasyEdit).
+"""A plain reference: one edit at a time, as published code makes it (MEND, and InstructEdit in EasyEdit), but that the
+gradient is taken as often as our editor takes it.
 
 The whole model runs forward and backward for each request, with a gradient for every parameter; every position passes
 the output head; each module's ΔW is a dense matrix, part of the graph that the outer loss goes back through. What the

@@ -50,7 +50,7 @@ _METRICS = ("reliability", "generalization", "locality")
 def check_equal(folder: Path, data: Path) -> Row:
     """(a) beforehand: in fp32 our update and loss are the reference's, to 1e-4."""
     base, episodes = _load(folder, "float32"), draw_episodes(data, 1)[0]
-    training = Training(base, [episodes])
+    training = Training(base, moved_editor(base, [episodes]))
     reference = Reference(folder, training.editor)
     with torch.no_grad():
         _, update = propose(base, training.editor, episodes.requests)
@@ -74,8 +74,9 @@ def training(folder: Path, data: Path) -> Row:
     """(a) Seconds per training episode: reference, ours in the first pass, ours once the prefix is kept."""
     first = draw_episodes(data, _N_BATCHES + 1)
     again = regroup(first)
-    base = _load(folder)
-    ours, reference = Training(base, first), Reference(folder, moved_editor(base, first))
+    editors = [moved_editor(_load(folder), first) for _ in range(2)]
+    base, reference = _load(folder), Reference(folder, editors[1])  # one that has read no instruction
+    ours = Training(base, editors[0])
     ours.step(first.pop(0))  # warm-up
     again.pop(0)
     weight = SETTINGS.locality_weight
@@ -169,7 +170,8 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
     batches = draw_episodes(data, 4)
     runs = []
     for n_blocks in (12, 24, 48):
-        run = Training(_load(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}")), batches)
+        base = _load(save(gpt2_small(n_blocks), tokenizer, place / f"gpt2-{n_blocks}"))
+        run = Training(base, moved_editor(base, batches))
         for batch in batches:
             run.step(batch)
         runs.append(run)
@@ -185,7 +187,8 @@ def depth(place: Path, tokenizer: Path, data: Path) -> Row:
 def matmul_share(place: Path, tokenizer: Path, data: Path) -> Row:
     """(f) Floating-point operations of training's matrix products per second, over the machine's own rate of them."""
     batches = draw_episodes(data, 4)
-    run = Training(_load(save(llama(), tokenizer, place / "llama")), batches)
+    base = _load(save(llama(), tokenizer, place / "llama"))
+    run = Training(base, moved_editor(base, batches))
     for batch in batches:
         run.step(batch)
     again = [batch for seed in range(_N_REGROUPED) for batch in regroup(batches, seed)]

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["CONFLICTING", "JUDGED", "shortfalls", "tables"]
+__all__ = ["CONFLICTING", "JUDGED", "SPECIALISTS", "shortfalls", "tables"]
 
 Results = Mapping[int, Mapping[str, Any]]
 Row = dict[str, Any]
 
 JUDGED = ("counterfact", "recent", "zsre")
+SPECIALISTS = ("counterfact", "recent")  # zsre is held out: no editor may have seen it
 AIMS = {
     "counterfact": {"reliability": 0.97, "generalization": 0.85, "locality-known": 0.85},
     "recent": {"reliability": 0.95, "locality": 0.92},
@@ -93,24 +94,33 @@ def _figures_missed(seed: int, reports: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _comparisons_missed(seed: int, reports: Mapping[str, Any]) -> Iterator[str]:
-    bounds = {"finetune": 0.10, "gradient": 0.10, f"only-counterfact-{seed}": -0.02, f"only-recent-{seed}": -0.02}
-    for row in _plain_forced(reports["compared"]["differences"]):
-        if row["metric"] != _HARMONIC or _name(row) != f"instructedit-{seed}":
-            continue
-        other, task = row.get("versus_editor", row["versus"]), row["task"]
-        if other.startswith("only-") and task not in other:
-            continue
-        if other in bounds and row["value"] < bounds[other]:
-            yield f"{task} {row['value']:+.3f} of {other}'s harmonic mean, aim {bounds[other]:+.2f}"
-        if other == f"mend-{seed}" and row["high"] < 0:
-            yield f"{task} below mend by {-row['value']:.3f}, beyond chance"
+    gaps = {
+        (row["task"], row.get("versus_editor", row["versus"])): row
+        for row in _plain_forced(reports["compared"]["differences"])
+        if row["metric"] == _HARMONIC and _name(row) == f"instructedit-{seed}"
+    }
+    for task in JUDGED:
+        bounds = {"finetune": 0.10, "gradient": 0.10}
+        if task in SPECIALISTS:
+            bounds[f"only-{task}-{seed}"] = -0.02
+        for other, least in bounds.items():
+            value = gaps[task, other]["value"]
+            if value < least:
+                yield f"{task} {value:+.3f} of {other}'s harmonic mean, aim {least:+.2f}"
+        beside = gaps[task, f"mend-{seed}"]
+        if beside["high"] < 0:
+            yield f"{task} below mend by {-beside['value']:.3f}, beyond chance"
 
 
 def _told_missed(reports: Mapping[str, Any]) -> Iterator[str]:
     for task in JUDGED:
         for metric, most in _MOST_LOST.items():
             right, unseen = (_told(reports["controls"], task, metric, control) for control in ("right", "unseen"))
-            if right is not None and unseen is not None and right - unseen > most:
+            if right is None and metric == "generalization":
+                continue  # a task without other wordings
+            if right is None or unseen is None:
+                raise KeyError(f"no {metric} of {task} under both instructions")
+            if right - unseen > most:
                 yield f"{task} {metric} {right - unseen:.3f} lower under unseen wordings, aim {most}"
     for task, metric in CONFLICTING.items():
         if _gap(reports["conflicting"], task, metric, "wrong-task")["low"] <= 0:

@@ -79,10 +79,10 @@ def moved_editor(base: Base, episodes: Sequence[Episodes]) -> Editor:
 
 
 class Training:
-    """Training steps of a default editor."""
+    """Training steps of an editor."""
 
-    def __init__(self, base: Base, episodes: Sequence[Episodes]) -> None:
-        self.base, self.editor = base, moved_editor(base, episodes)
+    def __init__(self, base: Base, editor: Editor) -> None:
+        self.base, self.editor = base, editor
         self.optimiser = torch.optim.Adam(self.editor.parameters(), lr=1e-6)
 
     def step(self, episodes: Episodes) -> Loss:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.verdict import AIMS, CONFLICTING, JUDGED, shortfalls, tables
+from benchmarks.verdict import AIMS, CONFLICTING, JUDGED, SPECIALISTS, shortfalls, tables
 
 OTHERS = ("none", "wrong-task", "random", "unseen")
 
@@ -23,9 +23,10 @@ def reports() -> dict[str, Any]:
     others = [
         *({"versus": "finetune", "value": 0.1, "high": 0.2}, {"versus": "gradient", "value": 0.1, "high": 0.2}),
         {"versus": "mend", "versus_editor": "mend-0", "value": -0.02, "high": 0.01},
-        {"versus": "instructedit", "versus_editor": "only-recent-0", "value": -0.02, "high": 0.0},
     ]
-    gaps = [row("recent", "harmonic-mean", **{**own, **other}) for other in others]
+    alone = {"versus": "instructedit", "value": -0.02, "high": 0.0}
+    gaps = [row(task, "harmonic-mean", **{**own, **other}) for task in JUDGED for other in others]
+    gaps += [row(task, "harmonic-mean", **own, **alone, versus_editor=f"only-{task}-0") for task in SPECIALISTS]
     told = {control: {"control": control} for control in ("right", *OTHERS)}
     controls = [
         row(task, metric, 0.9, **names)
@@ -56,6 +57,7 @@ def test_aims_that_are_just_reached_are_not_named() -> None:
         ("compared", "differences", {"versus": "finetune"}, {"value": 0.09}, "+0.090 of finetune's"),
         ("compared", "differences", {"versus": "mend"}, {"high": -0.001}, "below mend"),
         ("compared", "differences", {"versus_editor": "only-recent-0"}, {"value": -0.03}, "-0.030 of only-recent-0's"),
+        ("compared", "differences", {"versus_editor": "only-counterfact-0"}, {"value": -0.03}, "of only-counterfact"),
         ("controls", "rows", {"control": "unseen", "metric": "reliability"}, {"value": 0.88}, "under unseen wordings"),
         ("conflicting", "differences", {"versus_control": "wrong-task"}, {"low": 0.0}, "not worse beyond chance"),
     ],
@@ -68,6 +70,26 @@ def test_what_stays_below_is_named(
     hit.update(change)
     (line,) = shortfalls({0: found})
     assert line.startswith("seed 0: ") and said in line
+
+
+@pytest.mark.parametrize(
+    ("report", "part", "which"),
+    [
+        ("compared", "rows", {"task": "zsre", "metric": "locality"}),
+        ("compared", "rows", {"task": "recent", "decoding": "generated"}),
+        ("compared", "differences", {"task": "zsre", "versus": "gradient"}),
+        ("compared", "differences", {"task": "counterfact", "versus": "mend"}),
+        ("compared", "differences", {"versus_editor": "only-counterfact-0"}),
+        ("controls", "rows", {"task": "recent", "metric": "reliability", "control": "unseen"}),
+        ("conflicting", "differences", {"versus_control": "wrong-task"}),
+    ],
+)
+def test_what_was_not_measured_is_not_passed_over(report: str, part: str, which: dict[str, Any]) -> None:
+    found = reports()
+    rows = found[report][part]
+    rows.remove(next(one for one in rows if which.items() <= one.items()))
+    with pytest.raises(KeyError):
+        list(shortfalls({0: found}))
 
 
 def test_tables_say_what_was_measured_and_what_is_beyond_chance() -> None:
