@@ -25,7 +25,7 @@ from ie.base.instructions import Readings
 from ie.base.targets import is_transposed, read_target
 from ie.data.tokens import Text, TextEncoder, TokenBatch, collate
 from ie.editor.editor import Editor
-from ie.editor.passes import FINER
+from ie.editor.passes import FINER, FURTHER
 from ie.editor.request import EditRequest
 from ie.training.episodes import Episodes
 
@@ -49,13 +49,18 @@ class Reference:
         self.encode = TextEncoder(AutoTokenizer.from_pretrained(folder), self.model.config.max_position_embeddings)
         self.editor = editor
 
-    def update(self, request: EditRequest, finer: int = 1) -> Dense:
-        """ΔW of one edit, part of the editor's graph; `finer` as in `ie.editor.passes.propose`."""
+    def update(self, request: EditRequest, finer: int = 1, further: int = 0) -> Dense:
+        """ΔW of one edit, part of the editor's graph; `finer` as in `ie.editor.passes.propose`, `further` how many more
+        passes it takes at most until its target is what the model would write.
+        """
         plain = Ask(request.prompt, request.target, None)
         kinds, seen = self._kinds(request.instruction), self._signals(plain, {})
         factors = self.editor.update(seen, kinds)
-        for _ in range(finer * self.editor.settings.passes - 1):
+        n_passes = finer * self.editor.settings.passes
+        for number in range(1, n_passes + further):
             so_far = {name: change.detach() / finer for name, change in self._dense(factors).items()}
+            if number >= n_passes and self._took(plain, so_far):
+                break
             step = self.editor.update(self._signals(plain, so_far, seen), kinds)
             factors = {name: (a, b + step[name][1]) for name, (a, b) in factors.items()}
         return {name: change / finer for name, change in self._dense(factors).items()}
@@ -79,6 +84,11 @@ class Reference:
             self.model(input_ids=ids, use_cache=False)
         handle.remove()
         return Readings(seen[0].mean(0, keepdim=True), torch.tensor([True], device=self.device))
+
+    def _took(self, ask: Ask, so_far: Dense) -> bool:
+        batch = self._collate([ask])
+        with torch.no_grad():
+            return bool((self._logits(batch, so_far).argmax(-1) == batch.labels).all())
 
     def _signals(self, ask: Ask, so_far: Dense, like: Signals | None = None) -> Signals:
         batch = self._collate([ask])
@@ -132,7 +142,7 @@ class Reference:
         """A copy of the model, edited as an editor in use edits."""
         with torch.no_grad():
             edited = copy.deepcopy(self.model)
-        dense = self.update(request, FINER)
+        dense = self.update(request, FINER, FURTHER * FINER * self.editor.settings.passes)
         with torch.no_grad():
             for name, change in dense.items():
                 edited.get_submodule(name).weight += change

@@ -19,7 +19,7 @@ from ie.base.capture import Signals
 from ie.base.model import Base
 from ie.base.update import Factors, Update
 from ie.editor.editor import JOINT, Editor, EditorSettings
-from ie.editor.passes import finer_in_use, observe, propose, propose_alone, propose_jointly
+from ie.editor.passes import observe, propose_alone, propose_in_use, propose_jointly
 from ie.editor.request import EditRequest, collate_requests, plain
 
 __all__ = [
@@ -62,8 +62,7 @@ def update_under(
     """
     if editor.settings.method == JOINT:
         return propose_alone(base, editor, requests, editor.regularisations(), so_far)
-    finer = finer_in_use(editor.settings.method, editor.settings.passes)
-    return propose(base, editor, requests, so_far, finer=finer)[1]
+    return propose_in_use(base, editor, requests, so_far)
 
 
 def joint_update(

@@ -10,6 +10,9 @@ the target is likely, and a network must then make up what a second look would s
 Once trained, an editor takes `FINER` times as many passes, each by so much shorter. It looks more often where it is
 going and disturbs less on its way; training learns as much from few passes and costs less (docs/experiments.md).
 
+An edit whose target is not what the model would write after these passes goes on, a pass at a time, until it is, for at
+most `FURTHER` times as many more. Those that have taken are left as they are.
+
 Of many edits that become one update by least squares (`ie.editor.least_squares`) the passes are joint ones: each takes
 all edits' signals under the joint update so far. There an edit asks for less as its target becomes likely, so that
 those which took early do not go on pulling at the others.
@@ -30,9 +33,18 @@ from ie.editor.editor import JOINT, Editor, Method
 from ie.editor.least_squares import Joint, Regularisations, each_alone
 from ie.editor.request import EditRequest, collate_requests, plain
 
-__all__ = ["FINER", "finer_in_use", "observe", "propose", "propose_alone", "propose_jointly"]
+__all__ = [
+    "FINER",
+    "FURTHER",
+    "finer_in_use",
+    "observe",
+    "propose",
+    "propose_alone",
+    "propose_in_use",
+    "propose_jointly",
+]
 
-FINER = 3
+FINER, FURTHER = 3, 3
 
 
 def observe(base: Base, editor: Editor, requests: Sequence[EditRequest]) -> None:
@@ -72,6 +84,39 @@ def propose(
         step = _shortened(_update(base, editor, again, kinds, keys), finer)
         update = {name: (a, b + step[name][1]) for name, (a, b) in update.items()}
     return signals, update
+
+
+@torch.no_grad()
+def propose_in_use(
+    base: Base, editor: Editor, requests: Sequence[EditRequest], so_far: Update | None = None
+) -> dict[str, Factors]:
+    """The updates of a batch of edits by a trained editor: in finer passes, and further ones until they take.
+
+    Args:
+        base: see `propose`.
+        editor: see `propose`.
+        requests: see `propose`.
+        so_far: see `propose`.
+    """
+    passes = editor.settings.passes
+    finer = finer_in_use(editor.settings.method, passes)
+    signals, update = propose(base, editor, requests, so_far, finer=finer)
+    if passes == 1:
+        return update
+    batch, kinds = _asked(base, editor, requests)
+    rows, part, own = list(range(len(requests))), batch, update
+    for _ in range(FURTHER * finer * passes):
+        rows = [row for row, took in zip(rows, _took(base, part, _added(so_far, own)), strict=True) if not took]
+        if not rows:
+            break
+        part, own = base.collate([batch.texts[row] for row in rows]), _of(update, rows)
+        again = base.signals(part, _added(so_far, own), like=signals.of(rows))
+        keys = {name: a for name, (a, _) in own.items()}
+        step = _shortened(_update(base, editor, again, kinds if kinds is None else kinds[rows], keys), finer)
+        for name, (_, b) in step.items():
+            update[name][1][rows, : b.shape[1]] += b
+        own = _of(update, rows)
+    return update
 
 
 def propose_jointly(
@@ -131,6 +176,18 @@ def propose_alone(
         step = each_alone(editor, signals, step, regularisations)
         update = bounded(on_top(update, step)) if update else step
     return update
+
+
+def _took(base: Base, batch: TokenBatch, update: Update | None) -> list[bool]:
+    """Of each request whether its whole answer is what the model would write, each under its own edit."""
+    each = torch.arange(len(batch.texts), device=base.device)
+    wrong = base.logits(batch, update, each).argmax(-1) != batch.labels
+    return (torch.bincount(batch.rows[wrong], minlength=len(each)) == 0).tolist()
+
+
+def _of(update: Update, rows: list[int]) -> dict[str, Factors]:
+    """Some of a batch's edits."""
+    return {name: (a[rows], b[rows]) for name, (a, b) in update.items()}
 
 
 def _added(so_far: Update | None, update: Update) -> Update | None:

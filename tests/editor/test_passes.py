@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ie.base import Base
-from ie.base.update import Factors
+from ie.base.update import Factors, on_top
 from ie.editor import Editor, EditorSettings, EditRequest
-from ie.editor.methods import editor_method
-from ie.editor.passes import FINER, finer_in_use, observe, propose
+from ie.editor.methods import editor_method, update_under
+from ie.editor.passes import FINER, FURTHER, finer_in_use, observe, propose
 from ie.editor.request import collate_requests
 from tests.dense import edited, random_update, rebased, tell_apart
 from tests.models import ARCHITECTURES
@@ -54,14 +54,20 @@ def kinds_of(base: Base, editor: Editor, request: EditRequest) -> Tensor:
 
 @torch.no_grad()
 def reference(
-    base: Base, editor: Editor, request: EditRequest, kinds: Tensor | None = None, finer: int = 1
+    base: Base, editor: Editor, request: EditRequest, kinds: Tensor | None = None, finer: int = 1, further: int = 0
 ) -> dict[str, Factors]:
-    """The sum of passes, each with the signals of a copy of the model whose weights hold those before it."""
+    """The sum of passes, each with the signals of a copy of the model whose weights hold those before it; the further
+    ones only while that copy would not write the target.
+    """
     batch = collate_requests(base, [EditRequest(request.prompt, request.target)])
     kinds = kinds_of(base, editor, request) if kinds is None else kinds
     update = {name: (a, b / finer) for name, (a, b) in editor.update(base.signals(batch), kinds).items()}
-    for _ in range(finer * editor.settings.passes - 1):
-        step = editor.update(rebased(base, edited(base, update)).signals(batch), kinds)
+    n_passes = finer * editor.settings.passes
+    for number in range(1, n_passes + further):
+        so_far = rebased(base, edited(base, update))
+        if number >= n_passes and torch.equal(so_far.logits(batch).argmax(-1), batch.labels):
+            break
+        step = editor.update(so_far.signals(batch), kinds)
         update = {name: (a, b + step[name][1] / finer) for name, (a, b) in update.items()}
     return update
 
@@ -84,13 +90,36 @@ def test_joint_edits_and_those_of_one_pass_take_as_many_passes_as_in_training() 
 
 def test_a_trained_editor_takes_more_and_shorter_passes_unless_it_takes_one(load: Callable[..., Base]) -> None:
     base = load("llama")
-    for passes, finer in ((2, FINER), (1, 1)):
+    for passes, finer, further in ((2, FINER, FURTHER * FINER * 2), (1, 1, 0)):
         editor = moved(base, passes=passes)
         update = editor_method(editor)(base, REQUESTS)
         for edit, request in enumerate(REQUESTS):
-            for module, change in dense(reference(base, editor, request, finer=finer), 0).items():
+            expected = reference(base, editor, request, finer=finer, further=further)
+            for module, change in dense(expected, 0).items():
                 close = {"rtol": 1e-2, "atol": 1e-3 * change.abs().max().item()}
                 torch.testing.assert_close(dense(update, edit)[module], change, **close)
+
+
+@pytest.mark.parametrize(("so_far", "rate"), [(False, 0.002), (True, 0.001)])
+def test_edits_go_on_until_they_take_and_no_further(load: Callable[..., Base], so_far: bool, rate: float) -> None:
+    base = load("llama")
+    editor = moved(base, passes=2, rate=rate)
+    under = random_update(base, size=0.1) if so_far else None
+    with torch.no_grad():
+        _, plain = propose(base, editor, REQUESTS, under, finer=FINER)
+    update = update_under(base, editor, REQUESTS, under)
+
+    def took(made: Mapping[str, Factors]) -> list[bool]:
+        batch = collate_requests(base, [EditRequest(one.prompt, one.target) for one in REQUESTS])
+        together = on_top(under, made) if under else made
+        right = base.logits(batch, together, torch.arange(len(REQUESTS))).argmax(-1) == batch.labels
+        return [bool(right[batch.rows == row].all()) for row in range(len(REQUESTS))]
+
+    assert any(took(plain)) and not all(took(plain)) and all(took(update))
+    for name, (a, b) in update.items():
+        assert torch.equal(a, plain[name][0])
+        for row, left_alone in enumerate(took(plain)):
+            assert torch.equal(b[row], plain[name][1][row]) is left_alone
 
 
 def test_each_pass_goes_equally_far(load: Callable[..., Base]) -> None:
