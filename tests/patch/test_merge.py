@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ie.base import Base, load_base
 from ie.base.asking import Ask, answers
 from ie.editor.methods import finetune_method
 from ie.editor.request import EditRequest
-from ie.errors import EditFailedError, ModelError, PatchError
+from ie.errors import EditFailedError, ModelError, NotEnoughMemoryError, PatchError
 from ie.patch.apply import apply_patch
 from ie.patch.info import PatchBase
 from ie.patch.merge import merge_checkpoint
@@ -96,6 +97,22 @@ def test_an_edit_that_rounding_eats_is_caught(
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype="auto")
     assert model.dtype == torch.float32
+
+
+def test_a_merged_checkpoint_that_does_not_fit_is_said_and_not_kept(
+    load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking(load).save(tmp_path / "p")
+
+    def load_once(name: str, **options: Any) -> Base:
+        if name.startswith(str(tmp_path)):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return load_base(name, **options)
+
+    monkeypatch.setattr("ie.patch.apply.load_base", load_once)
+    with pytest.raises(NotEnoughMemoryError, match="a merged checkpoint is asked") as caught:
+        apply_patch([tmp_path / "p"], model=str(checkpoint(TAKES_ON)), merge=tmp_path / "merged", device="cpu")
+    assert "--device cpu" in (caught.value.hint or "") and not (tmp_path / "merged").exists()
 
 
 def coarse(load: Callable[..., Base], checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:

@@ -15,7 +15,7 @@ from ie.errors import InputError
 from ie.patch import Patch, applied
 from ie.patch.apply import apply_patch
 from ie.patch.info import Parent, Probed
-from ie.patch.stacking import split, stacked, without
+from ie.patch.stacking import chunks, split, stacked, without
 from tests.patch.edits import TAKES_ON, TARGET, taking
 from tests.patch.test_patch import logits_of, make
 
@@ -176,6 +176,14 @@ def test_a_disturbed_edit_is_named_with_its_disturber(load: Callable[..., Base],
     calm = apply_patch([tmp_path / name for name in ("victim", "weak", "silent")], dtype="float32")
     assert calm["patches"][0]["took"] and not calm["disturbed"]
     assert calm["took"] is False  # the weak one has no target that it could reach
+
+
+def test_updates_are_held_side_by_side_as_far_as_their_padding_allows() -> None:
+    ranks = [9, 3000, 8, *[10] * 40, 2000]
+    found = list(chunks(ranks))
+    assert sorted(i for chunk in found for i in chunk) == list(range(len(ranks)))
+    assert all(len(chunk) <= 32 and len(chunk) * max(ranks[i] for i in chunk) <= 4096 for chunk in found)
+    assert [43] in found and [1] in found  # joint patches, each alone
 
 
 def test_editors_are_told_apart(load: Callable[..., Base]) -> None:
